@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Run the bundled pair: make .venv, install requirements.txt, then `python generate.py --judge` with your arguments.
+#
+#   scripts/demo.sh
+#   scripts/demo.sh --prompt "Tom has 3 apples and buys 4 more. How many has he?" --speculate_k 8
+#   PYTHON=python3.12 scripts/demo.sh          # another interpreter, from 3.10 to 3.13
+#
+# A second run installs nothing. pip's own settings (pip.conf, PIP_* variables) say where packages come from.
+set -euo pipefail
+
+# shellcheck source=scripts/setup_env.sh
+source "${BASH_SOURCE[0]%demo.sh}./setup_env.sh"
+
+setup_env requirements.txt
+exec "$VENV_PYTHON" "$ROOT/generate.py" --judge "$@"
