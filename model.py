@@ -1,0 +1,542 @@
+"""The Llama-3.1 transformer with a static key-value cache, and the reader of its checkpoints.
+
+One forward pass returns *hidden states before the final norm*, so that the judge head and the LM head share it:
+`model(tokens, input_pos)` gives hidden, `model.logits(hidden)` gives logits. The cache is static: every shape is known
+when the model is compiled, position p is written to row p, and rows past the committed position are simply dead until
+they are overwritten. The price is attention over the whole allocated length; allocate what you need.
+
+q, k and v are read from three tensors into one matrix, and so are gate and up: at batch 1 a step is a handful of
+matrix-vector products, and fewer, larger ones run closer to the memory limit.
+
+Shapes: B batch, S new tokens, T cache length, H query heads, Hkv key-value heads, G = H/Hkv, Dh head dim, D model dim,
+F feed-forward dim, V vocabulary.
+
+    model = Transformer.from_checkpoint("Llama-3.1-8B-Instruct", device="cuda", dtype=torch.bfloat16)
+    model.setup_caches(max_batch_size=1, max_seq_length=4096)
+    hidden = model(tokens, input_pos)          # [1, S] int64, [S] int64 -> [1, S, D]
+    logits = model.logits(hidden)              # [1, S, V]
+
+Sources: Llama 3 (arXiv 2407.21783), RoPE (2104.09864) in the rotate-half form that Hugging Face weights are laid out for.
+It does not read pickles, biases, other RoPE variants than Llama's, or architectures other than Llama.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+READ_CHUNK_BYTES = 64 << 20  # host memory that reading a tensor of any size may take
+# One parameter of ours is read from several tensors of the checkpoint, stacked along the output dimension.
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+# ---- configuration
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's frequency scaling (`rope_type: llama3` in config.json)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions of a Llama checkpoint, read from its config.json and never changed afterwards."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    dtype: torch.dtype = torch.float32  # the dtype that the checkpoint says its weights have
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, raw: dict, *, where: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face config (both spellings of the RoPE settings).
+
+        Raises ValueError for an architecture that is not Llama, a missing key, or a setting gavel does not implement.
+        """
+        architecture = (raw.get("architectures") or [None])[0]
+        if raw.get("model_type") != "llama" or architecture not in (None, "LlamaForCausalLM"):
+            raise ValueError(
+                f"{where}: got model_type {raw.get('model_type')!r}, architecture {architecture!r}; expected 'llama' and "
+                "'LlamaForCausalLM'. gavel runs Llama 3.1, 3.2 (text) and 3.3 checkpoints.")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for key in required:
+            if not isinstance(raw.get(key), int) or raw[key] < 1:
+                raise ValueError(f"{where}: got {key} = {raw.get(key)!r}, expected a positive integer. "
+                                 "Download config.json again.")
+        for key in ("attention_bias", "mlp_bias"):
+            if raw.get(key):
+                raise ValueError(f"{where}: got {key} = true; gavel's layers have no bias, as no Llama 3 has one.")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{where}: got hidden_act {raw['hidden_act']!r}, expected 'silu'.")
+        heads = raw["num_attention_heads"]
+        kv_heads = raw.get("num_key_value_heads") or heads
+        head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"{where}: got {heads} query heads, {kv_heads} key-value heads, head_dim {head_dim}; "
+                             "expected key-value heads that divide the query heads and an even head_dim.")
+        # transformers 5 writes one `rope_parameters`; every earlier release `rope_theta` beside `rope_scaling`.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise ValueError(f"{where}: got rope_type {rope_type!r}, expected 'default' or 'llama3'.")
+        scaling = None
+        if rope_type == "llama3":
+            missing = [f for f in RopeScaling.__dataclass_fields__ if f not in rope]
+            if missing:
+                raise ValueError(f"{where}: rope_type llama3 lacks {', '.join(missing)}. Download config.json again.")
+            scaling = RopeScaling(**{f: rope[f] for f in RopeScaling.__dataclass_fields__})
+        dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{where}: got dtype {raw.get('dtype') or raw.get('torch_dtype')!r}, expected float32, "
+                             "bfloat16 or float16.")
+        return cls(
+            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
+            num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            rope_theta=float(theta), rope_scaling=scaling, tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            dtype=dtype, eos_token_ids=_token_ids(raw.get("eos_token_id")))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> ModelConfig:
+        """Read config.json of a checkpoint directory; stop tokens come from generation_config.json where it has them."""
+        path = checkpoint_dir(path)
+        raw = read_json(path / "config.json")
+        if (path / "generation_config.json").is_file():
+            eos = read_json(path / "generation_config.json").get("eos_token_id")
+            if eos is not None:
+                raw["eos_token_id"] = eos
+        return cls.from_dict(raw, where=str(path / "config.json"))
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def read_json(path: Path) -> dict:
+    """Parse a JSON object. FileNotFoundError or ValueError say which file and how to mend it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face checkpoint directory with {path.name}. "
+                                "Download the whole directory (hf download), not single files.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Download it again.") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: got a JSON {type(raw).__name__}, expected an object. Download it again.")
+    return raw
+
+
+def checkpoint_dir(path: str | Path) -> Path:
+    """`path` as a Path; FileNotFoundError where it is no directory."""
+    path = Path(path)
+    if not path.is_dir():
+        kind = "a file" if path.exists() else "nothing there"
+        raise FileNotFoundError(f"{path}: got {kind}, expected a Hugging Face checkpoint directory (config.json, "
+                                "safetensors, tokenizer). Download one with: hf download REPO --local-dir DIR")
+    return path
+
+
+# ---- reading safetensors
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `offset` counts bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """One safetensors file, read lazily at the offsets of its header.
+
+    The header is checked whole (length, names, dtypes, shapes, offsets, overlaps, holes) before any tensor is read.
+    Rows are read with plain file reads into a buffer, not mapped: resident memory stays at the buffer's size.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensors, self.metadata = self._read_header()
+
+    def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":  # a zip, or a bare pickle
+                    raise ValueError(f"{self.path}: got a pickle (a PyTorch .bin or .pth under another name), expected "
+                                     "safetensors. gavel never opens pickles; download the safetensors files.")
+                raise self._broken(f"header length {length} in a file of {size} bytes")
+            try:
+                header = json.loads(file.read(length))
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                raise self._broken("a header that is not JSON") from None
+        if not isinstance(header, dict):
+            raise self._broken("a header that is no JSON object")
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: self._tensor_info(name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if info.offset != end:
+                raise self._broken(f"{name} at byte {info.offset} where the one before it ends at {end}")
+            end += info.nbytes
+        if end != size:
+            raise self._broken(f"{size} bytes where the header describes {end}")
+        return tensors, metadata
+
+    def _tensor_info(self, name: str, entry: object, data_start: int) -> TensorInfo:
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise self._broken(f"an entry for {name} without dtype, shape and data_offsets") from None
+        if dtype not in SAFETENSORS_DTYPES:
+            raise self._broken(f"dtype {dtype!r} for {name} (known: {', '.join(SAFETENSORS_DTYPES)})")
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise self._broken(f"shape {shape} and offsets {begin}, {end} for {name}")
+        nbytes = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
+        if end - begin != nbytes:
+            raise self._broken(f"{end - begin} bytes for {name}, whose shape {shape} takes {nbytes}")
+        return TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
+
+    def _broken(self, got: str) -> ValueError:
+        return ValueError(f"{self.path}: got {got}; expected a whole safetensors file. Its download is probably "
+                          "incomplete: download it again.")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop of a tensor (all of it by default), as a CPU tensor in the stored dtype."""
+        info = self.tensors[name]
+        if not info.shape:
+            start, stop, row_bytes, shape = 0, 1, info.nbytes, ()
+        else:
+            stop = info.shape[0] if stop is None else stop
+            row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
+            shape = (stop - start, *info.shape[1:])
+        buffer = bytearray((stop - start) * row_bytes)
+        if not buffer:
+            return torch.empty(shape, dtype=info.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(info.offset + start * row_bytes)
+            view, done = memoryview(buffer), 0
+            while done < len(buffer):  # one read may return less than was asked for (2 GB limit, signals)
+                count = file.readinto(view[done:])
+                if not count:
+                    raise self._broken(f"end of file inside {name}")
+                done += count
+        return torch.frombuffer(buffer, dtype=info.dtype).view(shape)
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face directory: one `model.safetensors`, or shards with an index.
+
+    Raises FileNotFoundError for a missing shard or no safetensors at all, ValueError for pickles and broken files.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = checkpoint_dir(path)
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index}: got no weight_map, expected one from tensor to file. Download it again.")
+        elif (self.path / "model.safetensors").is_file():
+            weight_map = None
+        else:
+            pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
+            found = f"only pickles ({', '.join(pickles[:3])})" if pickles else "no weights"
+            raise FileNotFoundError(
+                f"{self.path}: got {found}, expected model.safetensors or shards with model.safetensors.index.json. "
+                "gavel never opens pickles; download the safetensors files of the repository.")
+        self.files: dict[str, SafetensorsFile] = {}
+        for name in sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]:
+            if not (self.path / name).is_file():
+                missing = sum(value == name for value in weight_map.values())
+                raise FileNotFoundError(f"{self.path / name} does not exist; the index expects {missing} tensors in it. "
+                                        "Resume the download (hf download).")
+            self.files[name] = SafetensorsFile(self.path / name)
+        if weight_map is None:
+            weight_map = dict.fromkeys(self.files["model.safetensors"].tensors, "model.safetensors")
+        for tensor, name in weight_map.items():
+            if tensor not in self.files[name].tensors:
+                raise ValueError(f"{self.path / name}: lacks {tensor}, which the index expects there. Download it again.")
+        self.weight_map = weight_map
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weight_map
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype, shape and place of a tensor; ValueError where the checkpoint has none of that name."""
+        if name not in self.weight_map:
+            raise ValueError(f"{self.path}: lacks the tensor {name}, which its config.json calls for "
+                             f"(it has {len(self.weight_map)} others). Download the directory again.")
+        return self.files[self.weight_map[name]].tensors[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop of a tensor, on the CPU, in the stored dtype."""
+        self.info(name)
+        return self.files[self.weight_map[name]].read(name, start, stop)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) in pieces of at most READ_CHUNK_BYTES (but at least one row)."""
+        info = self.info(name)
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, READ_CHUNK_BYTES * rows // max(info.nbytes, 1))
+        for start in range(0, rows, step):
+            yield start, self.read(name, start, min(start + step, rows))
+
+
+# ---- the model
+
+def rope_inv_freq(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Inverse frequencies [Dh/2] in float32, scaled as Llama 3.1 does it.
+
+    Wavelengths beyond original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
+    .../high_freq_factor are kept, and between the two the frequency is interpolated.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    inv_freq = 1.0 / (config.rope_theta ** exponent)
+    if config.rope_scaling is None:
+        return inv_freq
+    s = config.rope_scaling
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    stretched = inv_freq / s.factor
+    between = (1 - smooth) * stretched + smooth * inv_freq
+    long = wavelength > s.original_max_position_embeddings / s.low_freq_factor
+    short = wavelength < s.original_max_position_embeddings / s.high_freq_factor
+    return torch.where(long, stretched, torch.where(short, inv_freq, between))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to x [B, heads, S, Dh] with cos, sin [S, Dh] (rotate-half form)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, the mean square in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class KVCache(nn.Module):
+    """Keys and values [B, Hkv, T, Dh] of one layer. Position p lives in row p; rows not yet reached are dead."""
+
+    def __init__(self, batch: int, kv_heads: int, length: int, head_dim: int, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        shape = (batch, kv_heads, length, head_dim)
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, Hkv, S, Dh] to rows input_pos [S] and return the whole cache of these B sequences."""
+        batch = k.shape[0]
+        self.k[:batch, :, input_pos] = k
+        self.v[:batch, :, input_pos] = v
+        return self.k[:batch], self.v[:batch]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. The G query heads that share a key head are folded into the row dimension of the query
+    ([B, Hkv, G·S, Dh]), so that keys and values are read once and never repeated."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.cache: KVCache | None = None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, input_pos: Tensor | None) -> Tensor:
+        B, S, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # [B, H + 2·Hkv, S, Dh]
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if input_pos is not None:
+            k, v = self.cache.update(input_pos, k, v)  # [B, Hkv, T, Dh]
+        group = self.heads // self.kv_heads
+        q = q.reshape(B, self.kv_heads, group * S, self.head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(group, 1))
+        y = y.view(B, self.heads, S, self.head_dim).transpose(1, 2).reshape(B, S, -1)
+        return self.o_proj(y)
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, input_pos: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, input_pos)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Llama: tokens in, hidden states before the final norm out."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.max_seq_length = 0
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: torch.device | str = "cpu",
+                        dtype: torch.dtype | None = None) -> Transformer:
+        """Load a Hugging Face directory as downloaded; dtype defaults to the one that its config names.
+
+        Every tensor's presence and shape is checked before the first byte of a weight is read. Raises FileNotFoundError
+        or ValueError (not a directory, no config, not Llama, missing shard or tensor, contradicting shape, pickles).
+        """
+        config = ModelConfig.from_checkpoint(path)
+        checkpoint = Checkpoint(path)
+        with torch.device("meta"):
+            model = cls(config)
+        sources = {name: checkpoint_names(name, config) for name, _ in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            check_shapes(checkpoint, sources[name], name, parameter, config)
+        model = model.to(dtype or config.dtype).to_empty(device=device)
+        if config.tie_word_embeddings:  # to_empty unties
+            model.lm_head.weight = model.embed_tokens.weight
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                row = 0
+                for source in sources[name]:
+                    for start, rows in checkpoint.chunks(source):
+                        parameter[row + start:row + start + rows.shape[0]].copy_(rows)
+                    row += checkpoint.info(source).shape[0]
+        return model.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
+        """Allocate caches and position tables for positions 0..max_seq_length-1 (RoPE angles in float32)."""
+        config, device = self.config, self.device
+        for layer in self.layers:
+            layer.self_attn.cache = KVCache(max_batch_size, layer.self_attn.kv_heads, max_seq_length, config.head_dim,
+                                            dtype=self.dtype, device=device)
+        cos, sin = rope_tables(config, max_seq_length, self.dtype, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("rows", torch.arange(max_seq_length, device=device), persistent=False)
+        self.max_seq_length = max_seq_length
+
+    def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        """tokens [B, S] int64 at positions input_pos [S] int64 -> hidden [B, S, D], before the final norm.
+
+        Row s attends to cache rows 0..input_pos[s], its own included. Without input_pos no cache is read or written:
+        causal attention over the S tokens alone (training, scoring), differentiable.
+        """
+        if input_pos is None:
+            S = tokens.shape[1]
+            cos, sin = rope_tables(self.config, S, self.dtype, tokens.device)
+            mask = torch.ones(S, S, dtype=torch.bool, device=tokens.device).tril()
+        else:
+            cos, sin = self.cos[input_pos], self.sin[input_pos]
+            mask = self.rows <= input_pos[:, None]  # [S, T]
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, input_pos)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] before the final norm -> logits [..., V] in the model's dtype."""
+        return self.lm_head(self.norm(hidden))
+
+
+def rope_tables(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, Dh], computed in float32 and then rounded to `dtype`."""
+    angles = torch.arange(length, device=device).float()[:, None] * rope_inv_freq(config, device)[None, :]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def checkpoint_names(parameter: str, config: ModelConfig) -> list[str]:
+    """The checkpoint's tensors that one parameter of ours is read from, in the order of its rows."""
+    if parameter == "lm_head.weight":
+        return ["lm_head.weight"]
+    for ours, theirs in STACKED.items():
+        if ours in parameter:
+            return ["model." + parameter.replace(ours, name) for name in theirs]
+    return ["model." + parameter]
+
+
+def check_shapes(checkpoint: Checkpoint, sources: list[str], name: str, parameter: Tensor, config: ModelConfig) -> None:
+    """ValueError where the tensors that make up `parameter` are missing or contradict config.json."""
+    head_dim = config.head_dim
+    rows = {"q_proj": config.num_heads * head_dim, "k_proj": config.num_kv_heads * head_dim,
+            "v_proj": config.num_kv_heads * head_dim, "gate_proj": config.intermediate_size,
+            "up_proj": config.intermediate_size}
+    for source in sources:
+        info = checkpoint.info(source)
+        expected = (rows.get(source.split(".")[-2], parameter.shape[0]), *parameter.shape[1:])
+        if info.shape != expected:
+            raise ValueError(f"{checkpoint.path}: got shape {list(info.shape)} for {source}, expected {list(expected)} by "
+                             "config.json. Weights and config are of different models: download both again.")
+        if not info.dtype.is_floating_point:
+            raise ValueError(f"{checkpoint.path}: got dtype {info.dtype} for {source}, expected a floating-point one.")
