@@ -1,0 +1,733 @@
+"""Draft, verify, judge: generation at batch 1, from a checkpoint directory to text on the terminal.
+
+A small draft model writes K tokens, the target reads them all in one pass, and a rule decides how many stay: none (the
+target alone), exact (speculative sampling: the target's own distribution, token for token), or judge (exact, or correct in
+the eyes of a linear head on the target's hidden states; arXiv 2501.19309). One pass over the target's weights then yields
+several tokens, which is what counts at batch 1, where a pass costs the time to read the weights. The judge keeps more
+tokens than the exact rule and gives up losslessness for it: text may differ from the target's own.
+
+A round runs on fixed shapes and device-side state (the last two tokens, their position); nothing is rolled back. Rows of
+the caches past the committed position are dead until they are overwritten.
+
+Shapes: K draft length, S new tokens, D model dim, V vocabulary; p the target's distribution, q the draft's; n the position
+of the last committed token.
+
+    python generate.py --judge                                    # the bundled pair: three rules beside each other
+    python generate.py --checkpoint_path Llama-3.1-8B-Instruct --prompt "Why is the sky blue?"
+    python generate.py --checkpoint_path Llama-3.1-70B-Instruct --draft_checkpoint_path Llama-3.1-8B-Instruct --judge
+
+Colours on a terminal: plain is what the exact rule accepted, orange and underlined what only the judge kept, blue what the
+target wrote. It does not batch requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from judge import JudgeHead, accept, probs, sample
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
+DEMO_PROMPT = ("Mia has 9 shells, Leo has 12 shells. Mia finds 6 shells. Leo gives Mia 4 shells. Mia doubles the shells. "
+               "How many shells does Mia have?")
+DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
+PREFILL_CHUNK = 512  # tokens a prefill pass reads at most: bounds its activations
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RULES = ("none", "exact", "judge")
+SOURCES = ("target", "exact", "judge")  # by Decision.source; 0 never stays, so its place names who wrote the rest
+
+
+class Block(NamedTuple):
+    """What one round added: token ids, and for each who let it stand ('exact', 'judge' or 'target')."""
+
+    tokens: list[int]
+    sources: list[str]
+
+
+# ---- one step, one round: pure functions of tensors, which torch.compile takes whole
+
+def next_token(model: Transformer, tokens: Tensor, input_pos: Tensor, temperature: Tensor | None = None,
+               top_k: int | None = None, exponentials: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One decoding step: tokens [1, S] at input_pos [S] -> (next token [] int64, its distribution, status [] int32).
+
+    Greedy without a temperature (distribution None); else a draw of softmax(logits / temperature) over the top_k, made
+    with exponentials [V], and that distribution in float32 [V]. Status 1 says that the logits were not finite.
+    """
+    hidden = model(tokens, input_pos)[:, -1]  # [1, D]
+    logits = model.logits(hidden)[0].float()  # [V]
+    status = (~logits.amax().isfinite()).to(torch.int32)
+    if temperature is None:
+        return logits.argmax(-1), None, status
+    q = probs(logits, temperature, top_k)
+    return sample(q, exponentials), q, status
+
+
+def verify(model: Transformer, tokens: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
+    """The target reads [last, d_1..d_K]: tokens [1, K+1] -> hidden [K+1, D] before the final norm, logits [K+1, V]."""
+    hidden = model(tokens, input_pos)
+    return hidden[0], model.logits(hidden)[0]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; draws come from one generator on the device, seeded per answer."""
+
+    temperature: Tensor | None
+    top_k: int | None
+    generator: torch.Generator
+
+    def exponentials(self, *shape: int) -> Tensor | None:
+        """Exp(1), float32, or None when greedy."""
+        if self.temperature is None:
+            return None
+        return torch.empty(shape, device=self.generator.device).exponential_(generator=self.generator)
+
+    def uniforms(self, count: int) -> Tensor | None:
+        """Uniform on [0, 1), float32 [count], or None when greedy."""
+        if self.temperature is None:
+            return None
+        return torch.rand(count, device=self.generator.device, generator=self.generator)
+
+
+class PhaseClock:
+    """Seconds spent in named phases. On CUDA it records events, so that asking for the time is the only wait."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str | None, object]] = []
+
+    def mark(self, ended: str | None = None) -> None:
+        """A phase named `ended` ends here, and the next begins (None: idle time ends)."""
+        if self.cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((ended, now))
+
+    def seconds(self) -> dict[str, float]:
+        """Total of each phase; waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = {}
+        for (_, begin), (phase, end) in zip(self.marks, self.marks[1:], strict=False):
+            if phase is not None:
+                spent = begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+                totals[phase] = totals.get(phase, 0.0) + spent
+        return totals
+
+
+# ---- the engine
+
+class Engine:
+    """A target, optionally a draft and a judge, and the rounds between them. Batch 1.
+
+    engine = Engine(target, draft, JudgeHead.load(path), speculate_k=16)
+    for block in engine.generate(prompt_ids, max_new_tokens=200):
+        print(block.tokens, block.sources)
+    engine.stats    # the object that --json writes
+
+    threshold defaults to the head's own. max_seq_length bounds prompt and answer together. stop_tokens defaults to the
+    target config's. tokenizer is only used to put text into `stats`. impl is the acceptance rule's: 'torch' or 'triton',
+    by default triton on CUDA and torch elsewhere. compile=True compiles the steps when they first run; see warmup().
+
+    ValueError where draft, target and judge do not fit together.
+    """
+
+    def __init__(self, target: Transformer, draft: Transformer | None = None, judge: JudgeHead | None = None, *,
+                 speculate_k: int = 16, threshold: float | None = None, max_seq_length: int = 2048,
+                 stop_tokens: tuple[int, ...] | None = None, tokenizer: Tokenizer | None = None, compile: bool = False,
+                 impl: str | None = None):
+        check_fit(target.config, draft and draft.config, judge, speculate_k=speculate_k, threshold=threshold)
+        self.target, self.draft, self.tokenizer = target, draft, tokenizer
+        self.device, self.speculate_k, self.compiled = target.device, speculate_k, compile
+        self.judge = judge.to(self.device) if judge else None
+        self.rule = RULES[0 if draft is None else 1 if judge is None else 2]
+        self.threshold = (judge.threshold if threshold is None else threshold) if judge else None
+        self.max_seq_length = min(max_seq_length, target.config.max_position_embeddings)
+        rows = self.max_seq_length + 2 * (speculate_k + 1)  # a last block, and one in flight, must not write outside
+        for model in filter(None, (target, draft)):
+            if model.max_seq_length < rows:
+                model.setup_caches(max_batch_size=1, max_seq_length=rows)
+        self.stop_tokens = target.config.eos_token_ids if stop_tokens is None else stop_tokens
+        self._stop_tokens = torch.tensor(self.stop_tokens, dtype=torch.int64, device=self.device)
+        self._delta = torch.tensor(1.0, device=self.device)  # refilled for each answer; 1 makes the judge silent
+        self._offsets = torch.arange(-1, speculate_k + 1, device=self.device)
+        self._committed: list[int] = []  # tokens whose rows in every cache are right: a chat's next turn starts there
+        self.stats: dict = {}
+        impl = impl or ("triton" if self.device.type == "cuda" else "torch")
+        wrap = (lambda f: torch.compile(f, dynamic=False, fullgraph=True)) if compile else (lambda f: f)
+        self._next_token, self._verify = wrap(next_token), wrap(verify)
+        self._accept = accept if impl == "triton" else wrap(accept)  # the kernel is compiled already
+        self._impl = impl
+
+    # -- one round
+
+    def _decode(self, state: tuple[Tensor, Tensor], sampling: Sampling, clock: PhaseClock):
+        """A round without a draft: one step of the target."""
+        pair, n = state
+        token, _, status = self._next_token(self.target, pair[None, 1:], n[None], sampling.temperature, sampling.top_k,
+                                            sampling.exponentials(self.target.config.vocab_size))
+        clock.mark("verify")
+        return (torch.stack((pair[1], token)), n + 1), (token[None], None, None, status)
+
+    def _draft(self, state: tuple[Tensor, Tensor], sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+        """K tokens of the draft [K], and the distributions they were drawn from [K, V] (None when greedy).
+
+        The first step reads the last two committed tokens: when the whole previous block was accepted, the draft has
+        never read its last token. A fixed shape, no special case.
+        """
+        pair, n = state
+        tokens, input_pos = pair[None], n + self._offsets[:2]
+        drafted, distributions = [], []
+        for i in range(self.speculate_k):
+            token, q, _ = self._next_token(self.draft, tokens, input_pos, sampling.temperature, sampling.top_k,
+                                           sampling.exponentials(self.draft.config.vocab_size))
+            drafted.append(token)
+            distributions.append(q)
+            tokens, input_pos = token[None, None], n + self._offsets[i + 2:i + 3]
+        return torch.stack(drafted), None if sampling.temperature is None else torch.stack(distributions)
+
+    def _speculate(self, state: tuple[Tensor, Tensor], sampling: Sampling, clock: PhaseClock):
+        """A round with a draft: state in, state out, nothing read back to the host."""
+        pair, n = state
+        drafted, q = self._draft(state, sampling)
+        clock.mark("draft")
+        hidden, logits = self._verify(self.target, torch.cat((pair[1:], drafted))[None], n + self._offsets[1:])
+        clock.mark("verify")
+        decision = self._decide(hidden, logits, drafted, draft_probs=q, sampling=sampling)
+        block = torch.cat((pair[1:], drafted))  # [K+1]; row a is the last token kept
+        a = decision.accept_len
+        state = torch.stack((block.gather(0, a[None])[0], decision.next_token)), n + a + 1
+        clock.mark("accept")
+        return state, (torch.cat((drafted, decision.next_token[None])), a, decision.source, decision.status)
+
+    def _decide(self, hidden: Tensor, logits: Tensor, drafted: Tensor, *, draft_probs: Tensor | None, sampling: Sampling):
+        """The acceptance rule (override it to try another one); see judge.accept for shapes."""
+        return self._accept(
+            hidden, logits, drafted, head=self.judge, threshold=self._delta, stop_tokens=self._stop_tokens,
+            temperature=sampling.temperature, top_k=sampling.top_k, draft_probs=draft_probs,
+            uniforms=sampling.uniforms(self.speculate_k), exponentials=sampling.exponentials(logits.shape[-1]), impl=self._impl)
+
+    def _read(self, result) -> Block:
+        """Bring one round's outcome to the host, whole; the only wait of a round."""
+        tokens, accept_len, source, status = result
+        if status.item():
+            raise FloatingPointError("the target's logits are not finite (NaN or infinity): the weights are damaged, or "
+                                     "overflow in this dtype; try --dtype bfloat16 or float32")
+        if accept_len is None:
+            return Block(tokens.tolist(), ["target"])
+        a = int(accept_len)
+        tokens, sources = tokens.tolist(), [SOURCES[s] for s in source.tolist()]
+        return Block([*tokens[:a], tokens[-1]], [*sources[:a], "target"])
+
+    def _prefill(self, prompt: list[int], sampling: Sampling, *, with_draft: bool):
+        """Read the prompt into the caches, from the first token on that they do not hold; draw the first new token."""
+        common = len(os.path.commonprefix((prompt, self._committed)))
+        begin = max(min(common, len(prompt) - 1), 0)
+        self._committed = []
+        ids = torch.tensor(prompt, device=self.device)
+        for model in (self.draft, self.target) if with_draft else (self.target,):
+            for start in range(begin, len(prompt), PREFILL_CHUNK):
+                stop = min(start + PREFILL_CHUNK, len(prompt))
+                last = stop - 1 if stop == len(prompt) and model is self.target else stop
+                if last > start:
+                    model(ids[None, start:last], torch.arange(start, last, device=self.device))
+        n = torch.tensor(len(prompt) - 1, device=self.device)
+        token, _, status = next_token(self.target, ids[None, -1:], n[None], sampling.temperature, sampling.top_k,
+                                      sampling.exponentials(self.target.config.vocab_size))
+        return (torch.stack((ids[-1], token)), n + 1), (token[None], None, None, status)
+
+    # -- an answer
+
+    @torch.no_grad()
+    def generate(self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+                 seed: int = 0, rule: str | None = None) -> Iterator[Block]:
+        """Yield the answer block by block: first the token from prefill, then one block a round.
+
+        Ends after a stop token or max_new_tokens (shortened, with a warning, where prompt and answer outgrow
+        max_seq_length). `rule` overrides the engine's for this answer. Afterwards `stats` describes it.
+
+        ValueError: empty prompt, prompt that fills max_seq_length, options out of range. FloatingPointError: logits that
+        are not finite, raised before any token of that round is yielded.
+        """
+        rule = rule or self.rule
+        if rule not in RULES[:RULES.index(self.rule) + 1]:
+            raise ValueError(f"got rule {rule!r}, expected one of {', '.join(RULES[:RULES.index(self.rule) + 1])} with the "
+                             "models this engine was given")
+        check_sampling(temperature, top_k, max_new_tokens)
+        max_new_tokens = check_length(len(prompt_ids), max_new_tokens, self.max_seq_length)
+        threshold = self.threshold if rule == "judge" else None
+        self._delta.fill_(1.0 if threshold is None else threshold)
+        sampling = Sampling(torch.tensor(float(temperature), device=self.device) if temperature else None, top_k,
+                            torch.Generator(self.device).manual_seed(seed))
+        K = self.speculate_k if rule != "none" else 0
+        run_round = self._speculate if K else self._decode
+        tokens: list[int] = []
+        kept = {"exact": 0, "judge": 0, "target": 0}
+        by_position, rounds, finish_reason, first_token = [0] * K, 0, "length", None
+        clock, start = PhaseClock(self.device), time.perf_counter()
+        clock.mark()
+        try:
+            state, result = self._prefill(prompt_ids, sampling, with_draft=K > 0)
+            clock.mark("prefill")
+            while True:
+                block = self._read(result)
+                block = self._cut(block, max_new_tokens - len(tokens))
+                tokens += block.tokens
+                if first_token is None:
+                    first_token = time.perf_counter() - start
+                else:
+                    rounds += 1
+                    drafted = [s for s in block.sources if s != "target"]
+                    for i, source in enumerate(block.sources):
+                        kept[source] += 1
+                        if i < len(drafted):
+                            by_position[i] += 1
+                if block.tokens[-1] in self.stop_tokens:
+                    finish_reason = "stop"
+                yield block
+                if finish_reason == "stop" or len(tokens) >= max_new_tokens:
+                    break
+                clock.mark()
+                state, result = run_round(state, sampling, clock)
+        finally:
+            # Rows of all but the last token are right in the target's cache, and of all but the last two in the draft's.
+            self._committed = [*prompt_ids, *tokens][:-2] if tokens and rule == self.rule else []
+            seconds = time.perf_counter() - start
+            phases = clock.seconds()
+            accepted = kept["exact"] + kept["judge"]
+            self.stats = {
+                "prompt": self.tokenizer and self.tokenizer.decode(prompt_ids),
+                "text": self.tokenizer and self.tokenizer.decode(tokens, skip_special=True),
+                "tokens": tokens, "prompt_tokens": len(prompt_ids), "new_tokens": len(tokens), "finish_reason": finish_reason,
+                "seconds": seconds, "seconds_to_first_token": first_token, "tokens_per_second": len(tokens) / seconds,
+                "rounds": rounds, "tokens_per_round": (len(tokens) - 1) / rounds if rounds else 0.0,
+                "accepted_per_round": accepted / rounds if rounds else 0.0,
+                "accepted_exact": kept["exact"], "accepted_judge": kept["judge"],
+                "acceptance_by_position": [count / rounds if rounds else 0.0 for count in by_position],
+                "draft_share": phases.get("draft", 0.0) / seconds, "verify_share": phases.get("verify", 0.0) / seconds,
+                "rule": rule, "speculate_k": K, "threshold": threshold, "temperature": temperature, "top_k": top_k,
+                "seed": seed, "device": device_name(self.device), "dtype": str(self.target.dtype).removeprefix("torch."),
+                "compiled": self.compiled, "world_size": 1,
+            }
+
+    def _cut(self, block: Block, budget: int) -> Block:
+        """Drop what follows a stop token, and what exceeds the budget."""
+        end = next((i + 1 for i, token in enumerate(block.tokens) if token in self.stop_tokens), len(block.tokens))
+        end = min(end, budget)
+        return Block(block.tokens[:end], block.sources[:end])
+
+    def warmup(self, *, temperature: float = 0.0, top_k: int | None = None, rules: tuple[str, ...] | None = None) -> float:
+        """Run a few tokens under each rule, so that everything is compiled; returns the seconds it took."""
+        start = time.perf_counter()
+        stop_tokens, self.stop_tokens = self.stop_tokens, ()
+        try:
+            for rule in rules or (self.rule,):
+                new_tokens = 2 + 2 * (self.speculate_k + 1)
+                for _ in self.generate([0, 0], max_new_tokens=min(new_tokens, self.max_seq_length - 2),
+                                       temperature=temperature, top_k=top_k, rule=rule):
+                    pass
+        finally:
+            self.stop_tokens, self._committed = stop_tokens, []
+        return time.perf_counter() - start
+
+
+# ---- checks: a user's mistake is named before weights load
+
+def check_fit(target: ModelConfig, draft: ModelConfig | None, judge: JudgeHead | None, *, speculate_k: int,
+              threshold: float | None) -> None:
+    """ValueError where draft, target, judge and the round's settings do not fit together."""
+    if speculate_k < 1:
+        raise ValueError(f"got speculate_k {speculate_k}, expected 1 or more (64 at most); 16 is a good start")
+    if speculate_k > 64:
+        raise ValueError(f"got speculate_k {speculate_k}, expected 64 or less, which is what the judge kernel holds")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"got threshold {threshold}, expected a number in [0, 1]; 1 is standard speculative decoding")
+    if judge is not None and draft is None:
+        raise ValueError("got a judge without a draft: there is nothing to judge; give --draft_checkpoint_path DIR")
+    if draft is not None and draft.vocab_size != target.vocab_size:
+        raise ValueError(f"got a draft with a vocabulary of {draft.vocab_size} and a target with {target.vocab_size}; "
+                         "expected the same tokens in both; take two models of one family")
+    if judge is not None:
+        judge.check(target.hidden_size)
+
+
+def check_tokenizers(target: Tokenizer, draft: Tokenizer) -> None:
+    """ValueError where the two would read the same ids as different text."""
+    if target.fingerprint == draft.fingerprint:
+        return
+    if target.special_tokens != draft.special_tokens:
+        names = sorted(dict(target.special_tokens.items() ^ draft.special_tokens.items()))
+        raise ValueError(f"special tokens of draft and target differ ({', '.join(names[:3])}, {len(names)} in all); expected "
+                         "the same in both; take two models of one family and generation")
+    raise ValueError(f"vocabularies of draft ({draft.vocab_size} tokens) and target ({target.vocab_size}) differ; expected "
+                     "the same text for every id; take two models of one family")
+
+
+def check_sampling(temperature: float, top_k: int | None, max_new_tokens: int) -> None:
+    """ValueError for options out of range."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"got temperature {temperature}, expected 0 (greedy) or a positive number")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"got top_k {top_k}, expected 1 or more; leave it out to keep the whole vocabulary")
+    if max_new_tokens < 1:
+        raise ValueError(f"got max_new_tokens {max_new_tokens}, expected 1 or more")
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, limit: int) -> int:
+    """max_new_tokens, shortened with a warning where it would outgrow `limit`; ValueError for a prompt that fills it."""
+    if prompt_tokens < 1:
+        raise ValueError("got an empty prompt, expected at least one token")
+    if prompt_tokens >= limit:
+        raise ValueError(f"the prompt has {prompt_tokens} tokens and the context holds {limit}; expected room for an answer: "
+                         "shorten the prompt")
+    if prompt_tokens + max_new_tokens > limit:
+        warnings.warn(f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones outgrow the context of {limit}: "
+                      f"generating {limit - prompt_tokens} at most", stacklevel=3)
+    return min(max_new_tokens, limit - prompt_tokens)
+
+
+def check_writable(path: str | None) -> None:
+    """ValueError or FileNotFoundError where an output file could not be written."""
+    if path is None:
+        return
+    parent = Path(path).resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{path}: its directory {parent} does not exist; make it first")
+    if Path(path).is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{path}: got a place that cannot be written, expected a file in a writable directory")
+
+
+def write_aside(path: str | Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that a killed run leaves the old one or the new one."""
+    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---- device and compiler
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or CUDA where there is one, else the CPU. ValueError where it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"got device {name!r}, expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"got device {name!r}, expected cpu, cuda or cuda:N: gavel is tested on no other")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ValueError(f"got device {name!r}, but torch sees {count} CUDA devices; use --device cpu, or install a driver "
+                         "and a CUDA build of torch")
+    return device
+
+
+def pick_dtype(name: str | None, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype asked for; else the checkpoint's on CUDA, and on a CPU bfloat16 where it has units for it, or float32."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"got dtype {name!r}, expected one of {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        dtype = DTYPES[name] if name else config.dtype
+        if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError(f"{torch.cuda.get_device_name(device)} has no bfloat16; use --dtype float16 or float32")
+        return dtype
+    if name == "float16":
+        raise ValueError("got dtype float16 on a CPU, which computes it slower and no better; use bfloat16 or float32")
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return DTYPES[name] if name else torch.bfloat16 if fast else torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def setup_compiler(device: torch.device) -> None:
+    """Settings of torch.compile, made once, by a program and not at import."""
+    import torch._inductor.config as inductor
+
+    inductor.fx_graph_cache = True  # a second start reads the compiled steps from disk
+    if device.type == "cuda":
+        inductor.coordinate_descent_tuning = True
+    else:
+        inductor.freezing = True  # weights are packed once for the CPU's matrix kernels
+
+
+def can_compile(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None where it can."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        return "no C++ compiler (g++ or clang++) found"
+    return None
+
+
+# ---- the terminal
+
+STYLES = {"exact": "", "judge": "\033[4;38;5;214m", "target": "\033[38;5;75m"}  # orange and blue: safe for colour-blind eyes
+
+
+class Printer:
+    """Streams an answer; on a terminal in the colours of who let each token stand."""
+
+    def __init__(self, tokenizer: Tokenizer, *, colour: bool):
+        self.decoder, self.colour = tokenizer.stream(), colour
+
+    def __call__(self, block: Block) -> None:
+        for token, source in zip(block.tokens, block.sources, strict=True):
+            text = self.decoder.push([token])
+            styled = self.colour and STYLES[source] and text
+            print(f"{STYLES[source]}{text}\033[0m" if styled else text, end="", flush=True)
+
+    def close(self) -> None:
+        print(self.decoder.flush(), flush=True)
+
+
+def use_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def legend() -> str:
+    names = {"exact": "accepted by the exact rule", "judge": "kept by the judge alone", "target": "written by the target"}
+    return "   ".join(f"{STYLES[source]}{text}\033[0m" for source, text in names.items())
+
+
+def table(samples: list[dict]) -> str:
+    """One row per answer: speed, tokens a round, who accepted how many, and where the time went."""
+    header = ("rule", "tokens", "tokens/s", "ms/token", "rounds", "tokens/round", "by exact rule", "by judge", "draft", "verify")
+    rows = [header] + [(
+        s["rule"] if s["rule"] != "none" else "target alone", str(s["new_tokens"]), f"{s['tokens_per_second']:.1f}",
+        f"{1000 / s['tokens_per_second']:.2f}", str(s["rounds"]), f"{s['tokens_per_round']:.2f}", str(s["accepted_exact"]),
+        str(s["accepted_judge"]), f"{s['draft_share']:.0%}", f"{s['verify_share']:.0%}") for s in samples]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# ---- the program
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that is known before weights load."""
+
+    target_path: Path
+    draft_path: Path | None
+    tokenizer: Tokenizer
+    judge: JudgeHead | None
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    compile: bool
+
+
+def find_head(given: str, target: Path) -> Path:
+    """--judge's file: as given, or judge.safetensors in the target's directory or its parent."""
+    if given:
+        return Path(given)
+    for directory in (target, target.resolve().parent):
+        if (directory / "judge.safetensors").is_file():
+            return directory / "judge.safetensors"
+    raise FileNotFoundError(
+        f"no judge.safetensors in {target} or above it; train one: python train_head.py --checkpoint_path {target} "
+        "--data answers.jsonl, or name a head: --judge HEAD")
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Check everything that can be known without reading a weight."""
+    check_sampling(args.temperature, args.top_k, args.max_new_tokens)
+    if args.num_samples < 1:
+        raise ValueError(f"got num_samples {args.num_samples}, expected 1 or more")
+    for output in (args.json, args.profile):
+        check_writable(output)
+    device = pick_device(args.device)
+    if args.checkpoint_path is None and args.draft_checkpoint_path is not None:
+        raise ValueError("got --draft_checkpoint_path without --checkpoint_path; give both, or neither for the bundled pair")
+    target_path = Path(args.checkpoint_path or DEMO / "target")
+    draft_path = args.draft_checkpoint_path and Path(args.draft_checkpoint_path)
+    if args.checkpoint_path is None and args.judge is not None:
+        draft_path = DEMO / "draft"
+    config = ModelConfig.from_checkpoint(target_path)
+    draft_config = ModelConfig.from_checkpoint(draft_path) if draft_path else None
+    if args.judge is not None and not draft_path:
+        raise ValueError("got --judge without a draft: there is nothing to judge; give --draft_checkpoint_path DIR")
+    judge = JudgeHead.load(find_head(args.judge, target_path)) if args.judge is not None else None
+    check_fit(config, draft_config, judge, speculate_k=args.speculate_k, threshold=args.threshold)
+    tokenizer = Tokenizer.from_checkpoint(target_path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{target_path}: got a tokenizer of {tokenizer.vocab_size} tokens and a model of {config.vocab_size}; "
+                         "expected them to match: download the directory again")
+    if draft_path:
+        check_tokenizers(tokenizer, Tokenizer.from_checkpoint(draft_path))
+    dtype = pick_dtype(args.dtype, config, device)
+    missing = can_compile(device) if args.compile else None
+    if missing:
+        print(f"{missing}: running uncompiled, several times slower", file=sys.stderr)
+    contexts = [c.max_position_embeddings for c in (config, draft_config) if c]
+    return Setup(target_path, draft_path, tokenizer, judge, device, dtype, min(contexts), args.compile and missing is None)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None) -> list[int]:
+    """One user turn in the chat format where the tokenizer has it, else raw text after BOS."""
+    if raw or not tokenizer.has_chat:
+        if system:
+            raise ValueError("got --system, but this prompt is raw text (no chat tokens, or --raw); leave one of them out")
+        return tokenizer.encode(prompt, bos=True)
+    turns = [{"role": "system", "content": system}] if system else []
+    return tokenizer.encode_chat([*turns, {"role": "user", "content": prompt}])
+
+
+def load_engine(setup: Setup, args: argparse.Namespace, max_seq_length: int) -> Engine:
+    """Load the weights, build the engine, and compile it; says on stderr what takes time."""
+    start = time.perf_counter()
+    target = Transformer.from_checkpoint(setup.target_path, device=setup.device, dtype=setup.dtype)
+    draft = Transformer.from_checkpoint(setup.draft_path, device=setup.device, dtype=setup.dtype) if setup.draft_path else None
+    engine = Engine(target, draft, setup.judge, speculate_k=args.speculate_k, threshold=args.threshold,
+                    max_seq_length=max_seq_length, tokenizer=setup.tokenizer, compile=setup.compile)
+    say(f"loaded {setup.target_path.name}{f' and {setup.draft_path.name}' if setup.draft_path else ''} in "
+        f"{time.perf_counter() - start:.1f} s, {setup.dtype} on {device_name(setup.device)}".replace("torch.", ""))
+    if setup.compile:
+        setup_compiler(setup.device)
+        rules = ("none", "judge") if compares(args) else (engine.rule,)
+        parts = (["one target step"] if "none" in rules else []) + (
+            [] if draft is None else ["draft step", f"verification of {args.speculate_k + 1} tokens", "acceptance rule"])
+        say(f"compiling: {', '.join(parts)} (about a minute the first time, seconds once cached) ...", end=" ")
+        say(f"done in {engine.warmup(temperature=args.temperature, top_k=args.top_k, rules=rules):.1f} s")
+    return engine
+
+
+def compares(args: argparse.Namespace) -> bool:
+    """The bundled pair under the judge is shown beside its target alone and the exact rule."""
+    return args.checkpoint_path is None and args.judge is not None and not args.interactive
+
+
+def say(text: str, end: str = "\n") -> None:
+    """To stderr: stdout is for the answer and its table."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def answer(engine: Engine, ids: list[int], args: argparse.Namespace, *, seed: int, rule: str | None = None,
+           show: bool = True) -> dict:
+    """Generate one answer, streamed to the terminal if `show`; returns its statistics."""
+    printer = Printer(engine.tokenizer, colour=use_colour() and engine.draft is not None)
+    for block in engine.generate(ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                                 seed=seed, rule=rule):
+        if show:
+            printer(block)
+    if show:
+        printer.close()
+    return engine.stats
+
+
+def chat(engine: Engine, args: argparse.Namespace) -> list[dict]:
+    """Read turns from the terminal until end of input; the caches keep what was said."""
+    if not engine.tokenizer.has_chat:
+        raise ValueError("--interactive needs a chat model; this tokenizer has no <|start_header_id|>")
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    fresh = engine.tokenizer.encode_chat(opening, add_generation_prompt=False)
+    history, samples = fresh, []
+    end_of_turn = engine.tokenizer.special_tokens["<|eot_id|>"]
+    say("One line is one turn; an empty line or Ctrl-D ends the chat, Ctrl-C stops an answer.")
+    while True:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return samples
+        if not line.strip():
+            return samples
+        turn = [*engine.tokenizer.encode_turn("user", line), *engine.tokenizer.encode_turn("assistant")]
+        if len(history) + len(turn) >= engine.max_seq_length:
+            say(f"The context of {engine.max_seq_length} tokens is full: starting anew.")
+            history = fresh
+        ids = [*history, *turn]
+        with contextlib.suppress(KeyboardInterrupt):
+            answer(engine, ids, args, seed=args.seed + len(samples))
+        said = engine.stats["tokens"]
+        history = [*ids, *said] if said and said[-1] in engine.stop_tokens else [*ids, *said, end_of_turn]
+        samples.append(engine.stats | {"prompt": line})
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("models").add_argument
+    add("--checkpoint_path", metavar="DIR", help="target: a Hugging Face directory (default: the bundled pair's)")
+    add("--draft_checkpoint_path", metavar="DIR", help="draft: a smaller model with the same tokenizer")
+    add("--judge", nargs="?", const="", metavar="HEAD",
+        help="keep what the judge head finds correct (default HEAD: judge.safetensors beside the target or above it)")
+    add("--threshold", type=float, metavar="δ", help="score a token must exceed, 0..1 (default: the head's own; 1: lossless)")
+    add("--speculate_k", type=int, default=16, metavar="K", help="tokens drafted a round (default: %(default)s)")
+    add = parser.add_argument_group("prompt").add_argument
+    add("--prompt", help="one user turn in the chat format, where the tokenizer has it")
+    add("--system", metavar="TEXT", help="a system turn before it")
+    add("--raw", action="store_true", help="no chat format: plain text after the begin-of-text token")
+    add("--interactive", action="store_true", help="chat on the terminal; the cache is kept between turns")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max_new_tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
+    add("--top_k", type=int, metavar="N", help="sample among the N likeliest tokens (default: all)")
+    add("--seed", type=int, default=0, help="of the first sample; the next ones count on (default: %(default)s)")
+    add("--num_samples", type=int, default=1, metavar="N", help="answers to the same prompt (default: %(default)s)")
+    add = parser.add_argument_group("running").add_argument
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--dtype", choices=DTYPES,
+        help="default: the checkpoint's on CUDA; on a CPU bfloat16 if it has units for it, else float32")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the steps (default: on)")
+    add("--json", metavar="FILE", help="write a list with one object per sample: text, tokens, speed, acceptance")
+    add("--profile", metavar="FILE", help="write a Chrome trace (open it in ui.perfetto.dev)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the command line; ValueError and FileNotFoundError are a user's mistakes."""
+    setup = prepare(args)
+    prompt = args.prompt or (DEMO_PROMPT if args.checkpoint_path is None else DEFAULT_PROMPT)
+    ids = encode_prompt(setup.tokenizer, prompt, raw=args.raw, system=args.system)
+    if args.interactive:
+        max_seq_length = min(setup.context, 8192)
+    else:
+        check_length(len(ids), args.max_new_tokens, setup.context)
+        max_seq_length = min(setup.context, -(-(len(ids) + args.max_new_tokens) // 128) * 128)  # few lengths: few compilations
+    engine = load_engine(setup, args, max_seq_length)
+    profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
+    with profiler:
+        if args.interactive:
+            samples = chat(engine, args)
+        else:
+            if use_colour() and engine.draft is not None:
+                say(legend())
+            print(f"{prompt}\n", flush=True)
+            samples = [answer(engine, ids, args, seed=args.seed + i) | {"prompt": prompt} for i in range(args.num_samples)]
+    if args.profile:
+        profiler.export_chrome_trace(args.profile)
+    if args.json:
+        write_aside(args.json, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+    shown = samples
+    if compares(args):
+        others = [answer(engine, ids, args, seed=args.seed, rule=rule, show=False) for rule in ("none", "exact")]
+        shown = [*others, *samples]
+    if shown:
+        print("\n" + table(shown))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        sys.exit(2)

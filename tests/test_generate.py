@@ -1,0 +1,539 @@
+"""generate.py: lossless rules token for token and in distribution, the judge's rule, the cache, stop tokens, the command line."""
+
+import collections
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from generate import Engine, check_fit, check_tokenizers
+from judge import JudgeHead, probs
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = [7, 3, 11, 5]
+
+
+def random_model(seed: int, *, vocab_size: int = 97, hidden_size: int = 32, num_layers: int = 2,
+                 spread: float = 0.3) -> Transformer:
+    """A random float32 model, made without a file; `spread` sets how peaked its distributions are."""
+    config = ModelConfig(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+                         num_layers=num_layers, num_heads=4, num_kv_heads=2, head_dim=8, rms_norm_eps=1e-5,
+                         max_position_embeddings=512, rope_theta=1e4)
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=spread, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+def near(model: Transformer, noise: float, seed: int = 9) -> Transformer:
+    """A copy of a model with noisy weights: a draft that is right at times."""
+    copy = random_model(0, vocab_size=model.config.vocab_size, hidden_size=model.config.hidden_size,
+                        num_layers=model.config.num_layers)
+    generator = torch.Generator().manual_seed(seed)
+    for ours, theirs in zip(copy.parameters(), model.parameters(), strict=True):
+        ours.data = theirs.data + noise * torch.randn(theirs.shape, generator=generator)
+    return copy
+
+
+def random_head(size: int, *, threshold: float = 0.5, bias: float = 0.0, seed: int = 3) -> JudgeHead:
+    weight = torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / size ** 0.5
+    return JudgeHead(weight, torch.tensor([bias]), {"threshold": str(threshold), "target": "random", "data": "none"})
+
+
+def run(engine: Engine, prompt=PROMPT, n: int = 40, **options) -> list[int]:
+    return [token for block in engine.generate(prompt, max_new_tokens=n, **options) for token in block.tokens]
+
+
+@torch.no_grad()
+def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
+    """The obvious reference: no cache, every prefix read anew."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(model.logits(model(torch.tensor([tokens]))[:, -1]).argmax()))
+    return tokens[len(prompt):]
+
+
+@torch.no_grad()
+def judged(target: Transformer, draft: Transformer, head: JudgeHead, prompt: list[int], n: int, K: int, threshold: float,
+           stop: tuple[int, ...] = ()) -> tuple[list[int], list[str]]:
+    """The judge's rule by its definition: no cache, one candidate at a time."""
+    tokens, sources = [*prompt, *greedy(target, prompt, 1)], ["target"]
+    while len(tokens) - len(prompt) < n:
+        drafted = greedy(draft, tokens, K)
+        for i, token in enumerate(drafted):
+            prefix = [*tokens, token]
+            hidden = target(torch.tensor([prefix]))[0]  # row -2 read the token before, row -1 the token itself
+            if int(target.logits(hidden[-2]).argmax()) == token:
+                sources.append("exact")
+            elif head.score(hidden[-1]) > threshold and token not in stop:
+                sources.append("judge")
+            else:
+                break
+            tokens = prefix
+            if i == K - 1:
+                break
+        tokens += greedy(target, tokens, 1)
+        sources.append("target")
+    return tokens[len(prompt):][:n], sources[:n]
+
+
+DRAFTS = {"identical": 0.0, "good": 0.02, "bad": 0.3}
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 16])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_exact_rule_is_plain_greedy_token_for_token(K, draft):
+    target = random_model(1)
+    engine = Engine(target, near(target, DRAFTS[draft]), speculate_k=K, stop_tokens=(), max_seq_length=128)
+    assert run(engine, n=60) == greedy(target, PROMPT, 60)
+    stats = engine.stats
+    assert stats["rule"] == "exact" and stats["accepted_judge"] == 0
+    if draft == "identical":  # every block whole: this fails when the draft's cache lacks the last token's row
+        assert stats["accepted_per_round"] > 0.9 * min(K, 59 - 59 // (K + 1))
+    if draft == "bad":
+        assert stats["accepted_per_round"] < 0.5 * K
+
+
+@pytest.mark.parametrize("K", [1, 4, 9])
+def test_threshold_one_is_the_exact_rule(K):
+    target = random_model(1)
+    draft, head = near(target, 0.05), random_head(32, bias=50.0)  # a head that finds everything correct
+    engine = Engine(target, draft, head, threshold=1.0, speculate_k=K, stop_tokens=(), max_seq_length=128)
+    assert run(engine) == greedy(target, PROMPT, 40)
+    assert engine.stats["accepted_judge"] == 0
+    engine = Engine(target, draft, head, speculate_k=K, stop_tokens=(), max_seq_length=128)
+    assert run(engine) != greedy(target, PROMPT, 40)
+
+
+@pytest.mark.parametrize("K", [1, 3, 8])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+def test_judge_rule_follows_its_definition(K, threshold):
+    target = random_model(1)
+    draft, head = near(target, 0.1), random_head(32)
+    engine = Engine(target, draft, head, threshold=threshold, speculate_k=K, stop_tokens=(), max_seq_length=128)
+    blocks = list(engine.generate(PROMPT, max_new_tokens=40))
+    tokens, sources = judged(target, draft, head, PROMPT, 40, K, threshold)
+    assert [t for b in blocks for t in b.tokens] == tokens
+    assert [s for b in blocks for s in b.sources] == sources
+    assert sources.count("judge") == engine.stats["accepted_judge"] > 0
+    assert sources.count("exact") == engine.stats["accepted_exact"]
+
+
+def noise(model: Transformer, start: int) -> None:
+    for layer in model.layers:
+        for rows in (layer.self_attn.cache.k, layer.self_attn.cache.v):
+            rows[:, :, start:] = 1e3 * torch.randn(rows[:, :, start:].shape)
+
+
+def test_no_answer_depends_on_dead_rows():
+    target = random_model(1)
+    draft, head = near(target, 0.1), random_head(32)
+
+    def answer(poison: bool) -> list[int]:
+        engine = Engine(target, draft, head, speculate_k=6, stop_tokens=(), max_seq_length=128)
+        tokens, last = [], 0
+        if poison:
+            noise(target, 0)
+            noise(draft, 0)
+        for block in engine.generate(PROMPT, max_new_tokens=50):
+            tokens += block.tokens
+            last = len(PROMPT) + len(tokens) - 1  # position of the last committed token, which no model has read yet
+            if poison:
+                noise(target, last)
+                noise(draft, last - 1)  # of a block that was accepted whole, the draft has not read the last token
+        return tokens
+
+    assert answer(poison=True) == answer(poison=False)
+
+
+@pytest.mark.parametrize("position", [1, 4, 9])
+def test_stop_token_ends_the_answer_inside_a_block(position):
+    target = random_model(1)
+    reference = greedy(target, PROMPT, 40)
+    stop = reference[position]
+    end = reference.index(stop) + 1
+    engine = Engine(target, near(target, 0.0), speculate_k=16, stop_tokens=(stop,), max_seq_length=128)
+    assert run(engine) == reference[:end]
+    stats = engine.stats
+    assert stats["finish_reason"] == "stop" and stats["tokens"][-1] == stop
+    assert stats["new_tokens"] == end and end < 17
+    assert round(stats["accepted_per_round"] * stats["rounds"]) <= end - 1  # what was cut off is not counted
+
+
+def test_judge_never_rescues_a_stop_token():
+    target = random_model(1)
+    draft, head = near(target, 0.3), random_head(32, bias=50.0)
+    free = Engine(target, draft, head, speculate_k=8, stop_tokens=(), max_seq_length=128)
+    blocks = list(free.generate(PROMPT, max_new_tokens=40))
+    rescued = [t for b in blocks for t, s in zip(b.tokens, b.sources) if s == "judge"]
+    stop = (rescued[0],)
+    engine = Engine(target, draft, head, speculate_k=8, stop_tokens=stop, max_seq_length=128)
+    blocks = list(engine.generate(PROMPT, max_new_tokens=40))
+    assert not [t for b in blocks for t, s in zip(b.tokens, b.sources) if s == "judge" and t in stop]
+    expected, _ = judged(target, draft, head, PROMPT, 40, 8, 0.5, stop)
+    got = [t for b in blocks for t in b.tokens]
+    assert got == expected[:len(got)] and (len(got) == 40 or got[-1] in stop)
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 23])
+def test_max_new_tokens_cuts_inside_a_block(n):
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.0), speculate_k=16, stop_tokens=(), max_seq_length=128)
+    assert run(engine, n=n) == greedy(target, PROMPT, n)
+    stats = engine.stats
+    assert stats["finish_reason"] == "length"
+    assert stats["new_tokens"] == n == 1 + round(stats["rounds"] * stats["tokens_per_round"])
+    assert len(stats["acceptance_by_position"]) == 16
+
+
+def test_answers_reach_the_end_of_the_context():
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.0), speculate_k=7, stop_tokens=(), max_seq_length=33)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokens = run(engine, n=500)
+    assert tokens == greedy(target, PROMPT, 29)
+    assert "outgrow the context of 33" in str(caught[0].message)
+    with pytest.raises(ValueError, match="the prompt has 33 tokens and the context holds 33"):
+        run(engine, prompt=[1] * 33)
+
+
+def test_chat_keeps_its_cache_and_says_the_same():
+    target = random_model(1)
+    draft = near(target, 0.05)
+    engine = Engine(target, draft, speculate_k=4, stop_tokens=(), max_seq_length=256)
+    history = [*PROMPT, *run(engine, n=20)]
+    read = []
+    hooks = [m.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1])) for m in (target, draft)]
+    second = run(engine, prompt=[*history, 3, 4], n=1)
+    for hook in hooks:
+        hook.remove()
+    assert sum(read) <= 2 * 4  # the two new tokens and at most two old ones, in each model
+    assert second == greedy(target, [*history, 3, 4], 1)
+    assert run(engine, prompt=[*history[:9], 8, 8], n=20) == greedy(target, [*history[:9], 8, 8], 20)  # an edited turn
+    run(engine, prompt=[*history, 5], n=8, rule="none")
+    assert run(engine, prompt=[*history, 5, 6], n=12) == greedy(target, [*history, 5, 6], 12)
+
+
+def test_consumer_that_stops_early_leaves_a_usable_engine():
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.05), speculate_k=4, stop_tokens=(), max_seq_length=128)
+    for _ in engine.generate(PROMPT, max_new_tokens=40):
+        break
+    assert engine.stats["new_tokens"] == 1
+    assert run(engine) == greedy(target, PROMPT, 40)
+
+
+def test_nonfinite_logits_raise_before_any_token():
+    target = random_model(1)
+    draft = near(target, 0.0)
+    engine = Engine(target, draft, speculate_k=4, stop_tokens=(), max_seq_length=128)
+    answer = engine.generate(PROMPT, max_new_tokens=20)
+    next(answer)
+    target.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        next(answer)
+    with pytest.raises(FloatingPointError):
+        run(engine)
+
+
+# ---- sampling
+
+SAMPLES, VOCABULARY = 3000, 5
+
+
+def pair_distribution(target: Transformer, temperature: float, top_k: int | None) -> torch.Tensor:
+    """Exact distribution of the second and third new token, by enumeration of the target alone."""
+    def step(tokens):
+        return probs(target.logits(target(torch.tensor([tokens]))[0, -1]), temperature, top_k).double()
+
+    joint = torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.float64)
+    for a in range(VOCABULARY):
+        first = step([1, 2])[a]
+        for b in range(VOCABULARY):
+            joint[b] += first * step([1, 2, a])[b] * step([1, 2, a, b])
+    return joint
+
+
+class IgnoresQ(Engine):
+    """A planted bug: the draft samples, but the rule is told that it was certain."""
+
+    def _decide(self, hidden, logits, drafted, *, draft_probs, sampling):
+        certain = torch.nn.functional.one_hot(drafted, draft_probs.shape[-1]).float()
+        return super()._decide(hidden, logits, drafted, draft_probs=certain, sampling=sampling)
+
+
+@pytest.mark.parametrize("engine_class, temperature, top_k, sound", [
+    (Engine, 1.0, None, True), (Engine, 0.6, 3, True), (IgnoresQ, 1.0, None, False)])
+@torch.no_grad()
+def test_sampled_speculation_has_the_targets_distribution(engine_class, temperature, top_k, sound):
+    from scipy.stats import chisquare
+
+    target = random_model(4, vocab_size=VOCABULARY, num_layers=1, spread=0.35)
+    draft = random_model(5, vocab_size=VOCABULARY, num_layers=1, spread=0.35)
+    engine = engine_class(target, draft, speculate_k=2, stop_tokens=(), max_seq_length=16)
+    counts = torch.zeros(VOCABULARY, VOCABULARY)
+    for seed in range(SAMPLES):
+        _, b, c = run(engine, prompt=[1, 2], n=3, temperature=temperature, top_k=top_k, seed=seed)
+        counts[b, c] += 1
+    expected = pair_distribution(target, temperature, top_k) * SAMPLES
+    assert counts[expected == 0].sum() == 0  # what top-k excludes never comes
+    kept = expected >= 5
+    observed = torch.cat((counts[kept], counts[~kept].sum()[None])).double()
+    wanted = torch.cat((expected[kept], expected[~kept].sum()[None]))
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    p_value = chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue
+    assert (p_value > 0.001) is sound, p_value
+    if not sound:
+        assert p_value < 1e-8
+
+
+def test_seeds_repeat_and_differ():
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.1), speculate_k=4, stop_tokens=(), max_seq_length=128)
+    one, two, three = (run(engine, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert one == two != three
+
+
+def test_top_k_one_is_greedy():
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.1), speculate_k=4, stop_tokens=(), max_seq_length=128)
+    assert run(engine, temperature=1.0, top_k=1) == greedy(target, PROMPT, 40)
+
+
+def test_compiled_steps_give_the_same_tokens():
+    if generate.can_compile(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    target = random_model(1, num_layers=1)
+    draft, head = near(target, 0.1), random_head(32)
+    options = dict(speculate_k=3, stop_tokens=(), max_seq_length=64)
+    plain, compiled = (Engine(target, draft, head, compile=c, **options) for c in (False, True))
+    for sampling in ({}, {"temperature": 0.9, "top_k": 20, "seed": 3}):
+        assert run(plain, **sampling) == run(compiled, **sampling)
+        assert plain.stats["accepted_judge"] == compiled.stats["accepted_judge"] > 0
+
+
+# ---- what is checked before work starts
+
+@pytest.mark.parametrize("options, message", [
+    ({"speculate_k": 0}, "got speculate_k 0"), ({"speculate_k": 65}, "got speculate_k 65"),
+    ({"threshold": 1.5}, r"got threshold 1.5, expected a number in \[0, 1\]"), ({"threshold": -0.1}, "got threshold -0.1"),
+    ({"draft": None}, "a judge without a draft"), ({"judge": random_head(48)}, "48.*32|32.*48")])
+def test_pieces_that_do_not_fit(options, message):
+    target = random_model(1)
+    options = {"draft": target, "judge": random_head(32), "speculate_k": 4} | options
+    with pytest.raises(ValueError, match=message):
+        Engine(target, options.pop("draft"), options.pop("judge"), **options)
+
+
+def test_vocabularies_must_agree():
+    with pytest.raises(ValueError, match="vocabulary of 96 and a target with 97"):
+        check_fit(random_model(1).config, random_model(1, vocab_size=96).config, None, speculate_k=4, threshold=None)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"temperature": -1.0}, "got temperature -1.0"), ({"temperature": float("nan")}, "got temperature nan"),
+    ({"top_k": 0}, "got top_k 0"), ({"n": 0}, "got max_new_tokens 0"), ({"prompt": []}, "empty prompt"),
+    ({"rule": "judge"}, "got rule 'judge'")])
+def test_options_out_of_range(options, message):
+    engine = Engine(random_model(1), stop_tokens=(), max_seq_length=64)
+    with pytest.raises(ValueError, match=message):
+        run(engine, **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_checkpoint):
+    """A target, a draft of the same tokenizer, and a head in the target's directory."""
+    target, draft = tiny_checkpoint(seed=0), tiny_checkpoint(seed=1, hidden_size=32)
+    random_head(64).save(target / "judge.safetensors")
+    return target, draft
+
+
+def cli(*arguments, env=None, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "generate.py"), *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, **(env or {})}, timeout=300, **options)
+
+
+def prepare_error(*arguments) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        generate.main(generate.parse_args([*map(str, arguments)]))
+    return str(caught.value)
+
+
+def test_every_mistake_is_named_before_weights_load(checkpoints, tiny_checkpoint, tmp_path, monkeypatch):
+    target, draft = checkpoints
+
+    def no_weights(*_, **__):
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr(Transformer, "from_checkpoint", no_weights)
+    pair = ("--checkpoint_path", target, "--draft_checkpoint_path", draft, "--no-compile")
+    assert "context holds 512" in prepare_error(*pair, "--prompt", "word " * 600)
+    assert "got speculate_k 0" in prepare_error(*pair, "--speculate_k", 0)
+    assert "got threshold 2.0" in prepare_error(*pair, "--judge", "--threshold", 2)
+    assert "got temperature -1.0" in prepare_error(*pair, "--temperature", -1)
+    assert "got top_k 0" in prepare_error(*pair, "--top_k", 0)
+    assert "got max_new_tokens 0" in prepare_error(*pair, "--max_new_tokens", 0)
+    assert "got num_samples 0" in prepare_error(*pair, "--num_samples", 0)
+    assert "--judge without a draft" in prepare_error("--checkpoint_path", target, "--judge")
+    assert "without --checkpoint_path" in prepare_error("--draft_checkpoint_path", draft)
+    assert "does not exist; make it first" in prepare_error(*pair, "--json", tmp_path / "no" / "out.json")
+    assert "cannot be written" in prepare_error(*pair, "--json", tmp_path)
+    assert "does not exist; make it first" in prepare_error(*pair, "--profile", tmp_path / "no" / "trace.json")
+    assert "expected cpu, cuda" in prepare_error(*pair, "--device", "tpu")
+    assert "CUDA devices" in prepare_error(*pair, "--device", "cuda:97")
+    assert "float16 on a CPU" in prepare_error(*pair, "--dtype", "float16", "--device", "cpu")
+    assert "--system" in prepare_error(*pair, "--raw", "--system", "Be brief.")
+
+    assert "got no file" in prepare_error(*pair, "--judge", tmp_path / "none.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(os.urandom(64))
+    assert "broken or foreign" in prepare_error(*pair, "--judge", tmp_path / "junk.safetensors")
+    random_head(48).save(tmp_path / "other.safetensors")
+    assert re.search("hidden size 48 .*64", prepare_error(*pair, "--judge", tmp_path / "other.safetensors"))
+    bare = tiny_checkpoint()
+    message = prepare_error("--checkpoint_path", bare, "--draft_checkpoint_path", draft, "--judge")
+    assert "no judge.safetensors" in message and "python train_head.py" in message
+
+    raw = json.loads((bare / "tokenizer.json").read_text())
+    raw["added_tokens"][-1]["content"] = "<|another|>"
+    (bare / "tokenizer.json").write_text(json.dumps(raw))
+    mixed = ("--checkpoint_path", target, "--draft_checkpoint_path", bare)
+    assert "special tokens of draft and target differ" in prepare_error(*mixed)
+    assert "does not exist" in prepare_error("--checkpoint_path", tmp_path)
+
+
+def test_tokenizers_that_differ_are_told_apart(tiny_checkpoint):
+    one, other = Tokenizer.from_checkpoint(tiny_checkpoint()), tiny_checkpoint()
+    check_tokenizers(one, Tokenizer.from_checkpoint(other))
+    raw = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    a, b = (token for token, i in vocabulary.items() if i in (10, 11))
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="vocabularies of draft .* differ"):
+        check_tokenizers(one, Tokenizer.from_checkpoint(other))
+
+
+# ---- the command line, as a user runs it
+
+KEYS = {"prompt", "text", "tokens", "prompt_tokens", "new_tokens", "finish_reason", "seconds", "seconds_to_first_token",
+        "tokens_per_second", "rounds", "tokens_per_round", "accepted_per_round", "accepted_exact", "accepted_judge",
+        "acceptance_by_position", "rule", "speculate_k", "threshold", "temperature", "top_k", "seed", "device", "dtype",
+        "compiled", "world_size"}
+
+
+def test_command_line_writes_json(checkpoints, tmp_path):
+    target, draft = checkpoints
+    out = tmp_path / "out.json"
+    done = cli("--checkpoint_path", target, "--draft_checkpoint_path", draft, "--judge", "--prompt", "hello there",
+               "--no-compile", "--num_samples", 2, "--temperature", 0.9, "--top_k", 30, "--max_new_tokens", 24, "--json", out,
+               "--dtype", "float32", "--speculate_k", 4, "--profile", tmp_path / "trace.json")
+    assert done.returncode == 0, done.stderr
+    samples = json.loads(out.read_text())
+    assert len(samples) == 2 and all(KEYS <= sample.keys() for sample in samples)
+    assert [s["seed"] for s in samples] == [0, 1] and samples[0]["tokens"] != samples[1]["tokens"]
+    for s in samples:
+        assert s["rule"] == "judge" and s["threshold"] == 0.5 and s["prompt"] == "hello there" and s["speculate_k"] == 4
+        assert s["text"] == Tokenizer.from_checkpoint(target).decode(s["tokens"], skip_special=True)
+        assert s["text"].strip() in done.stdout
+    assert "\033" not in done.stdout and "tokens/round" in done.stdout
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "trace.json"]
+
+
+def test_command_line_errors_are_one_line_and_exit_2(checkpoints):
+    target, draft = checkpoints
+    done = cli("--checkpoint_path", target, "--draft_checkpoint_path", draft, "--speculate_k", 0)
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("generate.py: got speculate_k 0")
+    assert cli("--top_k", "many").returncode == 2
+
+
+def test_interactive_reads_turns_until_end_of_input(checkpoints, tmp_path):
+    target, draft = checkpoints
+    out = tmp_path / "chat.json"
+    done = cli("--checkpoint_path", target, "--draft_checkpoint_path", draft, "--interactive", "--no-compile",
+               "--max_new_tokens", 12, "--json", out, "--dtype", "float32", "--system", "Be brief.", input="hello\nand then?\n")
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(out.read_text())
+    assert [first["prompt"], second["prompt"]] == ["hello", "and then?"]
+    assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
+
+
+def test_colours_tell_who_wrote_what(checkpoints):
+    pty = pytest.importorskip("pty")
+    target, draft = checkpoints
+    arguments = ["--checkpoint_path", target, "--draft_checkpoint_path", draft, "--judge", "--no-compile", "--prompt", "hello",
+                 "--max_new_tokens", 24, "--dtype", "float32"]
+
+    def on_a_terminal(**env) -> str:
+        ours, theirs = pty.openpty()
+        base = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+        process = subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *map(str, arguments)], stdout=theirs,
+                                   stderr=theirs, env={**base, "TERM": "xterm-256color", **env})
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # Linux reports the closed terminal this way
+                break
+            if not piece:
+                break
+            shown += piece
+        os.close(ours)
+        assert process.wait() == 0, shown.decode()
+        return shown.decode()
+
+    coloured = on_a_terminal()
+    assert generate.STYLES["judge"] in coloured and generate.STYLES["target"] in coloured and "kept by the judge" in coloured
+    assert "\033[" not in on_a_terminal(NO_COLOR="1")
+
+
+def test_no_compiler_is_said_and_runs_uncompiled(checkpoints, tmp_path):
+    target, _ = checkpoints
+    done = cli("--checkpoint_path", target, "--max_new_tokens", 3, "--prompt", "hello", "--device", "cpu",
+               env={"PATH": str(tmp_path), "CXX": ""})
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in done.stderr and "compiling:" not in done.stderr
+
+
+def test_everything_but_cuda_runs_without_triton(checkpoints):
+    target, draft = checkpoints
+    code = ("import sys; sys.modules['triton'] = None; import generate; "
+            f"generate.main(generate.parse_args(['--checkpoint_path', {str(target)!r}, '--draft_checkpoint_path', {str(draft)!r}, "
+            "'--judge', '--no-compile', '--max_new_tokens', '5', '--device', 'cpu', '--prompt', 'hi']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_teaches():
+    done = cli("--help")
+    assert done.returncode == 0
+    for word in ("--judge", "--threshold", "--speculate_k", "bundled pair", "default"):
+        assert word in done.stdout
+
+
+def test_blocks_and_sources_line_up():
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.1), random_head(32), speculate_k=5, stop_tokens=(), max_seq_length=128)
+    blocks = list(engine.generate(PROMPT, max_new_tokens=30))
+    assert blocks[0].sources == ["target"] and len(blocks[0].tokens) == 1
+    for block in blocks[1:-1]:
+        assert len(block.tokens) == len(block.sources) <= 6 and block.sources[-1] == "target"
+        assert "target" not in block.sources[:-1]
+    counts = collections.Counter(itertools.chain.from_iterable(b.sources for b in blocks))
+    assert counts["exact"] == engine.stats["accepted_exact"] and counts["judge"] == engine.stats["accepted_judge"]
