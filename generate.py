@@ -43,10 +43,13 @@ from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
-DEMO_PROMPT = ("Mia has 9 shells, Leo has 12 shells. Mia finds 6 shells. Leo gives Mia 4 shells. Mia doubles the shells. "
-               "How many shells does Mia have?")
+DEMO_PROMPT = ("Mia has nine shells. Leo has seven shells. First, Mia finds six shells. Second, Leo takes four shells from Mia. "
+               "Third, Leo doubles the shells. How many shells does Mia have?")
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 PREFILL_CHUNK = 512  # tokens a prefill pass reads at most: bounds its activations
+# Draft steps are compiled together up to this many layers a call: a step of a tiny draft costs less than calling it, and
+# of a large one the compiler would take minutes over the copies.
+DRAFT_CHUNK_LAYERS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RULES = ("none", "exact", "judge")
 SOURCES = ("target", "exact", "judge")  # by Decision.source; 0 never stays, so its place names who wrote the rest
@@ -75,6 +78,18 @@ def next_token(model: Transformer, tokens: Tensor, input_pos: Tensor, temperatur
         return logits.argmax(-1), None, status
     q = probs(logits, temperature, top_k)
     return sample(q, exponentials), q, status
+
+
+def draft_steps(model: Transformer, tokens: Tensor, input_pos: Tensor, steps: int, temperature: Tensor | None = None,
+                top_k: int | None = None, exponentials: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Consecutive decoding steps, each reading the token before: -> tokens [steps], distributions [steps, V] or None."""
+    drafted, distributions = [], []
+    for i in range(steps):
+        token, q, _ = next_token(model, tokens, input_pos, temperature, top_k, None if exponentials is None else exponentials[i])
+        drafted.append(token)
+        distributions.append(q)
+        tokens, input_pos = token[None, None], input_pos[-1:] + 1
+    return torch.stack(drafted), None if temperature is None else torch.stack(distributions)
 
 
 def verify(model: Transformer, tokens: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +187,8 @@ class Engine:
         self.stats: dict = {}
         impl = impl or ("triton" if self.device.type == "cuda" else "torch")
         wrap = (lambda f: torch.compile(f, dynamic=False, fullgraph=True)) if compile else (lambda f: f)
-        self._next_token, self._verify = wrap(next_token), wrap(verify)
+        self._next_token, self._draft_steps, self._verify = wrap(next_token), wrap(draft_steps), wrap(verify)
+        self._draft_chunk = max(1, DRAFT_CHUNK_LAYERS // draft.config.num_layers) if draft else 0
         self._accept = accept if impl == "triton" else wrap(accept)  # the kernel is compiled already
         self._impl = impl
 
@@ -195,13 +211,14 @@ class Engine:
         pair, n = state
         tokens, input_pos = pair[None], n + self._offsets[:2]
         drafted, distributions = [], []
-        for i in range(self.speculate_k):
-            token, q, _ = self._next_token(self.draft, tokens, input_pos, sampling.temperature, sampling.top_k,
-                                           sampling.exponentials(self.draft.config.vocab_size))
-            drafted.append(token)
+        for start in range(0, self.speculate_k, self._draft_chunk):
+            steps = min(self._draft_chunk, self.speculate_k - start)
+            new, q = self._draft_steps(self.draft, tokens, input_pos, steps, sampling.temperature, sampling.top_k,
+                                       sampling.exponentials(steps, self.draft.config.vocab_size))
+            drafted.append(new)
             distributions.append(q)
-            tokens, input_pos = token[None, None], n + self._offsets[i + 2:i + 3]
-        return torch.stack(drafted), None if sampling.temperature is None else torch.stack(distributions)
+            tokens, input_pos = new[None, -1:], n + self._offsets[start + steps + 1:start + steps + 2]
+        return torch.cat(drafted), None if sampling.temperature is None else torch.cat(distributions)
 
     def _speculate(self, state: tuple[Tensor, Tensor], sampling: Sampling, clock: PhaseClock):
         """A round with a draft: state in, state out, nothing read back to the host."""

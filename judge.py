@@ -54,12 +54,12 @@ FEATURE = "last_hidden_pre_norm"
 RETRAIN = "train one with train_head.py"
 MAX_K = 64
 
-# 4096 logits a program: 26 rows x 32 splits are six for each of 132 SMs, and without a loop a logit is read once and stays in
-# registers for max, argmax and sum. On 8 warps that is 16 values a thread; on 4, ptxas spilled 16 bytes (float32, sm_90).
-BLOCK_V = 4096
-BLOCK_D = 512  # 16384 / 32 splits: one step of the judge's dot product a program
-# Lanes of the top-k scan: up to this k the candidate list is hardly longer than k; beyond, it is the whole row.
-BLOCK_TOPK = 8192
+# 2048 logits a program: 26 rows x 63 splits are 12 for each of 132 SMs, and without a loop a logit is read once and stays in
+# registers (16 a thread) for max, argmax and sum. With 4096 and 4 or 8 warps ptxas spilled (float32, sm_90).
+BLOCK_V = 2048
+BLOCK_D = 512  # 32 programs of a row take a step of the judge's dot product at D = 16384
+# Lanes of the top-k scan: up to this k the candidate list is hardly longer than k; beyond, it is the whole row. 8192 spilled.
+BLOCK_TOPK = 4096
 # Leading bits in which values of a dtype differ once widened to float32: steps of the search for the k-th.
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 
@@ -287,15 +287,14 @@ def row_stats_kernel(stats, hidden, stride_h, weight, logits, stride_l, draft_to
     """max, argmax, w.h part; sampled also sum exp((x - max) / T) and the logit of d_{row+1} (k-th logit: -inf, all kept).
 
     Grid (K+1, splits of V). A program holds BLOCK_V logits of one row in registers and reads each once; lanes past V are -inf.
-    NaN makes the max +inf, which `decide` takes as "bad". Reads: logits and hidden rows 1..K once, w once a row (from L2), K
-    logits again when sampling; writes 6 floats a program.
+    NaN counts as +inf, which `decide` takes as "bad". Reads: logits and hidden rows 1..K once, w once a row (from L2), K logits
+    again when sampling; writes 6 floats a program.
     """
     row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     logits += row.to(tl.int64) * stride_l
     col = split * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
-    number = x <= float("inf")  # not NaN
-    x = tl.where(number, x, -float("inf"))
+    x = tl.where(x <= float("inf"), x, float("inf"))  # NaN: as bad as +inf
     top = tl.max(x)
     # The lowest lane that holds the max is a real one even in a block of -inf, since lanes past V come last.
     index = tl.min(tl.where(x == top, col, 2147483647)) + vocab_offset
@@ -307,7 +306,6 @@ def row_stats_kernel(stats, hidden, stride_h, weight, logits, stride_l, draft_to
         token = tl.load(draft_tokens + row, mask=row < K, other=-1) - vocab_offset
         mine = (token >= 0) & (token < V) & (split == 0)
         token_logit = tl.load(logits + token, mask=mine, other=-float("inf")).to(tl.float32)
-    top = tl.where(tl.min(number.to(tl.int32)) > 0, top, float("inf"))
     store_stats(stats, row, split, splits, K + 1, top, index, dot, total, token_logit, -float("inf"))
 
 
@@ -351,15 +349,14 @@ def topk_stats_kernel(stats, candidates, hidden, stride_h, weight, logits, strid
     logits += row.to(tl.int64) * stride_l
     candidates += row.to(tl.int64) * V
     lane_max = tl.full([BLOCK_V], -float("inf"), tl.float32)
-    numbers = tl.full([BLOCK_V], True, tl.int1)
-    for start in range(0, V, BLOCK_V):
+    for start in tl.range(0, V, BLOCK_V, num_stages=4):  # loads run ahead
         x = tl.load(logits + start + lane, mask=start + lane < V, other=-float("inf")).to(tl.float32)
-        numbers = numbers & (x <= float("inf"))
-        lane_max = tl.where(x > lane_max, x, lane_max)
+        x = tl.where(x <= float("inf"), x, float("inf"))  # NaN: as bad as +inf
+        lane_max = tl.maximum(lane_max, x)
     bound = kth_largest(lane_max, candidates, 0, top_k, KEY_BITS, BLOCK_V)
 
     n = 0
-    for start in range(0, V, BLOCK_V):
+    for start in tl.range(0, V, BLOCK_V, num_stages=4):
         x = tl.load(logits + start + lane, mask=start + lane < V, other=-float("inf"))
         keep = (x.to(tl.float32) >= bound) & (start + lane < V)
         found = tl.sum(keep.to(tl.int32))
@@ -381,7 +378,6 @@ def topk_stats_kernel(stats, candidates, hidden, stride_h, weight, logits, strid
     dot = 0.0
     if weight is not None:
         dot = judge_part(hidden, weight, row, stride_h, 0, 1, D, BLOCK_D)
-    top = tl.where(tl.min(numbers.to(tl.int32)) > 0, top, float("inf"))
     store_stats(stats, row, 0, 1, K + 1, top, row, dot, tl.sum(total), token_logit, kth)  # index: unused when sampling
 
 
@@ -488,10 +484,10 @@ def row_stats(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: Jud
     weight = head.weight if head is not None else None
     inputs = (hidden, hidden.stride(0), weight, logits, logits.stride(0), draft_tokens, temperature)
     if whole_rows:
-        topk_stats_kernel[(rows,)](stats, torch.empty_like(logits), *inputs, top_k, rows - 1, D, V, num_warps=16,
+        topk_stats_kernel[(rows,)](stats, torch.empty_like(logits), *inputs, top_k, rows - 1, D, V, num_warps=8,
                                    KEY_BITS=KEY_BITS[logits.dtype], BLOCK_V=BLOCK_TOPK, BLOCK_D=BLOCK_D)
     else:
-        row_stats_kernel[(rows, splits)](stats, *inputs, vocab_offset, rows - 1, D, V, num_warps=8, BLOCK_V=BLOCK_V,
+        row_stats_kernel[(rows, splits)](stats, *inputs, vocab_offset, rows - 1, D, V, num_warps=4, BLOCK_V=BLOCK_V,
                                          BLOCK_D=BLOCK_D)
     return stats
 
@@ -525,6 +521,6 @@ def residual_sample(decision: Decision, cut_row: Tensor, logits: Tensor, draft_p
     best = torch.empty(2, splits + 1, dtype=torch.float32, device=logits.device)
     residual_sample_kernel[(splits,)](
         best, decision.next_token, decision.accept_len, cut_row, logits, logits.stride(0), draft_probs, draft_probs.stride(0),
-        exponentials, temperature, vocab_offset, rows - 1, V, splits, num_warps=8,
+        exponentials, temperature, vocab_offset, rows - 1, V, splits, num_warps=4,
         SPLITS=1 << (splits - 1).bit_length(), BLOCK_V=BLOCK_V)
     return best[:, splits]

@@ -32,7 +32,7 @@ COMPARED = {"tokens": 0, "near": 0}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, request):
     """Small blocks, so that small inputs have several splits; GPU tests keep the real ones."""
-    if request.node.get_closest_marker("real_blocks") is None and not request.node.name.startswith("test_gpu"):
+    if not request.node.name.startswith("test_gpu"):
         monkeypatch.setattr(judge, "BLOCK_V", 512)
         monkeypatch.setattr(judge, "BLOCK_D", 256)
         monkeypatch.setattr(judge, "BLOCK_TOPK", 1024)
