@@ -54,10 +54,11 @@ FEATURE = "last_hidden_pre_norm"
 RETRAIN = "train one with train_head.py"
 MAX_K = 64
 
-# 2048 logits a program: 26 rows x 63 splits are 12 for each of 132 SMs, and without a loop a logit is read once and stays in
-# registers (16 a thread) for max, argmax and sum. With 4096 and 4 or 8 warps ptxas spilled (float32, sm_90).
-BLOCK_V = 2048
-BLOCK_D = 512  # 32 programs of a row take a step of the judge's dot product at D = 16384
+# 4096 logits a program on 16 warps: 26 rows x 32 splits are six for each of 132 SMs, and without a loop a logit is read once
+# and stays in registers (8 a thread) for max, argmax and sum. On 4 or 8 warps ptxas spilled (float32, sm_90); with 2048 the
+# merge of 63 splits did.
+BLOCK_V = 4096
+BLOCK_D = 512  # 16384 / 32 splits: one step of the judge's dot product a program
 # Lanes of the top-k scan: up to this k the candidate list is hardly longer than k; beyond, it is the whole row. 8192 spilled.
 BLOCK_TOPK = 4096
 # Leading bits in which values of a dtype differ once widened to float32: steps of the search for the k-th.
@@ -487,7 +488,7 @@ def row_stats(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: Jud
         topk_stats_kernel[(rows,)](stats, torch.empty_like(logits), *inputs, top_k, rows - 1, D, V, num_warps=8,
                                    KEY_BITS=KEY_BITS[logits.dtype], BLOCK_V=BLOCK_TOPK, BLOCK_D=BLOCK_D)
     else:
-        row_stats_kernel[(rows, splits)](stats, *inputs, vocab_offset, rows - 1, D, V, num_warps=4, BLOCK_V=BLOCK_V,
+        row_stats_kernel[(rows, splits)](stats, *inputs, vocab_offset, rows - 1, D, V, num_warps=16, BLOCK_V=BLOCK_V,
                                          BLOCK_D=BLOCK_D)
     return stats
 
@@ -505,8 +506,8 @@ def decide(stats: Tensor, draft_tokens: Tensor, *, head: JudgeHead | None, thres
     cut_row = torch.empty(4, dtype=torch.float32, device=stats.device)
     decide_kernel[(1,)](stats, draft_tokens, head.bias if head is not None else None, threshold, stop_tokens,
                         stop_tokens.shape[0], temperature, draft_probs, 0 if draft_probs is None else draft_probs.stride(0),
-                        uniforms, *decision, cut_row, K, splits, num_warps=8, ROWS=1 << K.bit_length(),
-                        SPLITS=1 << (splits - 1).bit_length())
+                        uniforms, *decision, cut_row, K, splits, num_warps=8,
+                        ROWS=1 << K.bit_length(), SPLITS=1 << (splits - 1).bit_length())
     return decision, cut_row
 
 
@@ -521,6 +522,6 @@ def residual_sample(decision: Decision, cut_row: Tensor, logits: Tensor, draft_p
     best = torch.empty(2, splits + 1, dtype=torch.float32, device=logits.device)
     residual_sample_kernel[(splits,)](
         best, decision.next_token, decision.accept_len, cut_row, logits, logits.stride(0), draft_probs, draft_probs.stride(0),
-        exponentials, temperature, vocab_offset, rows - 1, V, splits, num_warps=4,
+        exponentials, temperature, vocab_offset, rows - 1, V, splits, num_warps=16,
         SPLITS=1 << (splits - 1).bit_length(), BLOCK_V=BLOCK_V)
     return best[:, splits]
