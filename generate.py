@@ -43,8 +43,8 @@ from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
-DEMO_PROMPT = ("Mia has nine shells. Leo has seven shells. First, Mia finds six shells. Second, Leo takes four shells from Mia. "
-               "Third, Leo doubles the shells. How many shells does Mia have?")
+DEMO_PROMPT = ("Mia has nine shells. First, Mia finds six shells. Second, Mia loses seven shells. Third, Mia doubles the shells. "
+               "Fourth, Mia wins three shells. How many shells does Mia have?")
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 PREFILL_CHUNK = 512  # tokens a prefill pass reads at most: bounds its activations
 # Draft steps are compiled together up to this many layers a call: a step of a tiny draft costs less than calling it, and

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -53,6 +54,11 @@ def test_every_wording_is_right_and_mistakes_are_found_where_they_are():
         name = next(word.strip(",.:") for word in text.split() if word.strip(",.:") in demo_pair.NAMES)
         wrong = text.replace(name, stranger, 1)
         assert text.index(name) <= problem.first_mistake(wrong) <= text.index(name) + 1
+
+
+def test_problems_survive_the_way_to_a_worker():
+    problem = problem_at(5, 0)
+    assert pickle.loads(pickle.dumps(problem)) == problem
 
 
 def test_held_out_problems_are_in_no_training_text():

@@ -1,0 +1,779 @@
+"""Make the bundled demo pair: word problems, a tokenizer, a target, a draft, a judge head, and their evaluation.
+
+The paper's setting in small, with a ground truth. A problem is a short story of quantities that change; a solution works
+through it event by event, and nearly every phrase, number order and operation in it may be written in several right ways.
+The target prefers some wordings (about 60 to 40), the draft others, and the draft is too small to be right always. So exact
+verification rejects much that is right, while a grammar that knows every right wording says where the first mistake is.
+
+    python scripts/demo_pair.py data                  # tokenizer and training texts
+    python scripts/demo_pair.py train --model draft   # resumes where it was stopped; so does the next
+    python scripts/demo_pair.py train --model target
+    python scripts/demo_pair.py head                  # the draft's answers, labelled, then train_head.py
+    python scripts/demo_pair.py evaluate --seed 1 --problems 2000 --json eval.json
+
+Training uses Muon for the matrices (arXiv 2502.16982 for the scale of its update) and AdamW for embeddings and norms, in
+float32; the result is rounded to bfloat16 and written as a Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generate import Engine, check_writable, setup_compiler, write_aside  # noqa: E402
+from judge import JudgeHead  # noqa: E402
+from model import STACKED, ModelConfig, RopeScaling, Transformer, checkpoint_names  # noqa: E402
+from tokenizer import LLAMA3_SPECIAL_TOKENS, LLAMA3_SPLIT, Tokenizer  # noqa: E402
+
+TRAIN_SEED, HEAD_SEED, VALIDATION_SEED = 0, 1_000_000, 2_000_000  # streams of problems; evaluate takes any other
+TRAIN_PROBLEMS, HEAD_PROBLEMS, VALIDATION_PROBLEMS = 60_000, 1_000, 500
+MISTAKES_PER_TEXT = 2
+MAX_NEW_TOKENS, MAX_SEQ_LENGTH = 256, 384
+RULES = ("draft", "target", "exact", "judge", "oracle", "token_identity")
+MAX_TRAIN_TOKENS = 224
+BPE_ENTRIES = 608
+
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ian", "Jo", "Kim", "Leo", "Mia", "Noor", "Otis", "Pia",
+         "Quin", "Rosa", "Sam", "Tara", "Uma", "Vera", "Walt", "Yara")
+ITEMS = ("apples", "beads", "cards", "coins", "eggs", "figs", "keys", "kites", "nuts", "pears", "pens", "plums", "rings",
+         "shells", "stamps", "stones", "bricks", "candles", "lemons", "marbles", "melons", "pencils", "ribbons", "tickets")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+           "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
+MAX_VALUE = len(NUMBERS) - 1
+# Event k is called ORDINALS[k] in a question and either of OPENINGS[k] in an answer.
+ORDINALS = ("First", "Second", "Third", "Fourth")
+OPENINGS = (("First", "To begin"), ("Second", "Next"), ("Third", "After that"), ("Fourth", "At last"))
+ROPE = {"rope_theta": 10000.0, "rope_scaling": RopeScaling(4.0, 1.0, 4.0, 512)}
+MODELS = {
+    "target": ModelConfig(vocab_size=864, hidden_size=320, intermediate_size=896, num_layers=8, num_heads=8, num_kv_heads=4,
+                          head_dim=40, rms_norm_eps=1e-5, max_position_embeddings=2048, tie_word_embeddings=True, **ROPE),
+    "draft": ModelConfig(vocab_size=864, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=8, num_kv_heads=4,
+                         head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=2048, tie_word_embeddings=True, **ROPE),
+}
+# What each training file holds. The target practises harder problems than those it is asked later.
+KINDS = {"practice": {"everyone": True}, "target": {"gifts": True}, "draft": {}}
+RECIPES = {"target": {"practice_steps": 490, "steps": 940, "batch": 32, "learning_rate": 4e-3},
+           "draft": {"practice_steps": 0, "steps": 230, "batch": 32, "learning_rate": 6e-3}}
+# A writer picks among n right wordings with these weights. The grammar lists the target's favourite first and the draft's
+# second: each writer knows every wording and merely prefers its own.
+WEIGHTS = {
+    "target": {2: (0.7, 0.3), 3: (0.6, 0.25, 0.15)},
+    "draft": {2: (0.15, 0.85), 3: (0.12, 0.73, 0.15)},
+    "any": {2: (0.5, 0.5), 3: (0.34, 0.33, 0.33)},
+}
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+
+
+# ---- grammar: a solution is a sequence of literals and choices, each of which may be worded in several right ways
+
+class Alt(tuple):
+    """A choice between right wordings; each option is a literal, a sequence (list) or another choice."""
+
+    def __new__(cls, *options):
+        return super().__new__(cls, options)
+
+    def __getnewargs__(self) -> tuple:  # else a worker process would unpickle one option, the tuple of all
+        return tuple(self)
+
+
+def write(node, rng: random.Random, writer: str) -> str:
+    """One text of the grammar, worded as `writer` prefers."""
+    if isinstance(node, str):
+        return node
+    if isinstance(node, Alt):
+        return write(rng.choices(node, WEIGHTS[writer][len(node)])[0], rng, writer)
+    return "".join(write(part, rng, writer) for part in node)
+
+
+def walk(node, text: str, starts: set[int]) -> tuple[set[int], int]:
+    """Match a grammar against text from every position in `starts`: (positions after a full match, furthest position that
+    any right wording agrees with)."""
+    if isinstance(node, str):
+        ends, furthest = set(), 0
+        for start in starts:
+            agreed = len(os.path.commonprefix((node, text[start:start + len(node)])))
+            furthest = max(furthest, start + agreed)
+            if agreed == len(node):
+                ends.add(start + agreed)
+        return ends, furthest
+    if isinstance(node, Alt):
+        results = [walk(option, text, starts) for option in node]
+        return set().union(*(ends for ends, _ in results)), max(furthest for _, furthest in results)
+    furthest = 0
+    for part in node:
+        starts, reached = walk(part, text, starts)
+        furthest = max(furthest, reached)
+        if not starts:
+            break
+    return starts, furthest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One word problem: what is asked, every right solution, and the number they end with."""
+
+    prompt: str
+    solution: list
+    answer: int
+
+    def first_mistake(self, text: str) -> int:
+        """Index of the first character that no right solution has there; len(text) where `text` begins a right one."""
+        return walk(self.solution, text, {0})[1]
+
+    def is_right(self, text: str) -> bool:
+        """Whether the last number of the text is the answer."""
+        numbers = re.findall("|".join(sorted(NUMBERS, key=len, reverse=True)), text)
+        return bool(numbers) and numbers[-1] == NUMBERS[self.answer]
+
+
+def addition(a: int, b: int) -> list:
+    x, y = NUMBERS[a], NUMBERS[b]
+    return [Alt(f"{x} plus {y}", f"{y} plus {x}"), Alt(" makes ", " is "), NUMBERS[a + b]]
+
+
+def subtraction(a: int, b: int) -> list:
+    x, y = NUMBERS[a], NUMBERS[b]
+    return [Alt(f"{x} minus {y}", f"{y} from {x}"), Alt(" makes ", " is "), NUMBERS[a - b]]
+
+
+def doubling(a: int) -> list:
+    x = NUMBERS[a]
+    return [Alt(f"{x} plus {x}", f"two times {x}", f"{x} times two"), Alt(" makes ", " is "), NUMBERS[2 * a]]
+
+
+def make_problem(rng: random.Random, *, everyone: bool = False, gifts: bool = False) -> Problem:
+    """Someone has a number of one thing, three or four events change it, and the question is how many there are in the end.
+
+    Two harder kinds are only practised by the target: `gifts` from and to others, and the numbers of `everyone` involved.
+    """
+    thing, people = rng.choice(ITEMS), rng.sample(NAMES, rng.choice((2, 2, 3)))
+    has = {name: rng.randint(2, 9) for name in (people if everyone else people[:1])}
+    story = [f"{name} has {NUMBERS[has[name]]} {thing}." for name in has]
+    solution: list = []
+    for step in range(rng.choice((2, 3, 3, 4) if everyone else (3, 4, 4))):
+        if everyone:
+            x, y = rng.sample(people, 2)
+        else:
+            x, y = people[0], rng.choice(people[1:])
+            if gifts and rng.random() < 0.3 and has[x] < MAX_VALUE:
+                x, y = y, x  # the other one gives
+        a, b = has.get(x, MAX_VALUE), has.get(y, 0)  # of who is not followed, the story does not say
+        kinds = [kind for kind, possible in (
+            ("gain", x in has and a < MAX_VALUE), ("lose", x in has and a > 2), ("give", (gifts or everyone) and a > 2 and b < MAX_VALUE),
+            ("double", x in has and a <= MAX_VALUE // 2)) if possible]
+        kind = rng.choice(kinds)
+        n = rng.randint(1, min(9, {"gain": MAX_VALUE - a, "lose": a - 1, "give": min(a - 1, MAX_VALUE - b), "double": 1}[kind]))
+        number = NUMBERS[n]
+        if kind == "gain":
+            story.append(f"{ORDINALS[step]}, {x} {rng.choice(('finds', 'buys', 'wins'))} {number} {thing}.")
+            event = Alt([x, Alt(" gets ", " gains "), number], [number, Alt(" come to ", " go to "), x])
+            effects = [(x, addition(a, n), a + n)]
+        elif kind == "lose":
+            story.append(f"{ORDINALS[step]}, {x} {rng.choice(('loses', 'sells', 'drops'))} {number} {thing}.")
+            event = Alt([x, Alt(" parts with ", " is rid of "), number], [number, Alt(" leave ", " part from "), x])
+            effects = [(x, subtraction(a, n), a - n)]
+        elif kind == "give":
+            story.append(f"{ORDINALS[step]}, " + rng.choice((f"{x} gives {y} {number} {thing}.",
+                                                             f"{y} takes {number} {thing} from {x}.")))
+            event = Alt([x, Alt(" hands ", " passes "), number, " to ", y], [y, Alt(" receives ", " accepts "), number, " from ", x])
+            effects = [(x, subtraction(a, n), a - n), (y, addition(b, n), b + n)]
+        else:
+            story.append(f"{ORDINALS[step]}, {x} doubles the {thing}.")
+            event = Alt([x, Alt(" doubles the ", " makes twice the "), thing], ["the ", thing, Alt(" of ", " with "), x, " double"])
+            effects = [(x, doubling(a), 2 * a)]
+        clauses = [[calculation, " so ", name, Alt(" has ", " holds "), NUMBERS[value]] for name, calculation, value in effects
+                   if name in has]
+        body = clauses[0]
+        if len(clauses) == 2:
+            body = Alt([clauses[0], ", ", clauses[1]], [clauses[1], ", ", clauses[0]])
+        solution += [" " if step else "", Alt(*OPENINGS[step]), ", ", event, ": ", body, "."]
+        has.update({name: value for name, _, value in effects if name in has})
+    x, y = rng.sample(people, 2) if everyone else people[:2]
+    if everyone and rng.random() < 0.3 and has[x] + has[y] <= MAX_VALUE:
+        story.append(f"How many {thing} do {x} and {y} have together?")
+        answer = has[x] + has[y]
+        solution += [Alt(" Together, ", " In total, "), addition(has[x], has[y]), "."]
+    else:
+        story.append(f"How many {thing} does {x} have?")
+        answer = has[x]
+    return Problem(" ".join(story), [*solution, Alt(" Answer: ", " So the answer is "), NUMBERS[answer], "."], answer)
+
+
+# ---- data
+
+def problem_at(seed: int, index: int, **kind: bool) -> Problem:
+    """Problem `index` of stream `seed` (kind: see make_problem); streams of different seeds are independent."""
+    return make_problem(random.Random(f"problem:{seed}:{index}"), **kind)
+
+
+def fresh_problems(seed: int, count: int, *, exclude: set[str]) -> list[Problem]:
+    """The first `count` problems of a stream whose texts are not in `exclude` and do not repeat."""
+    seen, problems, index = set(exclude), [], 0
+    while len(problems) < count:
+        problem = problem_at(seed, index)
+        index += 1
+        if problem.prompt not in seen:
+            seen.add(problem.prompt)
+            problems.append(problem)
+    return problems
+
+
+def training_prompts() -> set[str]:
+    """Questions of all training problems, the practised ones included."""
+    return {problem_at(TRAIN_SEED, index, **kind).prompt for kind in KINDS.values() for index in range(TRAIN_PROBLEMS)}
+
+
+def make_tokenizer():
+    """Byte-level BPE over all wordings (at most BPE_ENTRIES entries), then Llama-3.1's 256 special tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(ignore_merges=True))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    texts = ["system user assistant"] * 200
+    for index in range(20_000):
+        problem = problem_at(TRAIN_SEED, index, everyone=True)
+        texts.append(problem.prompt + "\n\n" + write(problem.solution, random.Random(index), "any"))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=BPE_ENTRIES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in LLAMA3_SPECIAL_TOKENS])
+    return bpe
+
+
+def run_data(args: argparse.Namespace) -> None:
+    """Write tokenizer.json, and the training sequences: each writer's, and the target's practice, a safetensors file each."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    bpe = make_tokenizer()
+    bpe.save(str(args.work / "tokenizer.json"))
+    begin, header, end, eot = (bpe.token_to_id(f"<|{name}|>") for name in
+                               ("begin_of_text", "start_header_id", "end_header_id", "eot_id"))
+    turn = {role: [header, *bpe.encode(role).ids, end, *bpe.encode("\n\n").ids] for role in ("user", "assistant")}
+    for name, kind in KINDS.items():
+        writer = "draft" if name == "draft" else "target"
+        tokens = torch.full((TRAIN_PROBLEMS, MAX_TRAIN_TOKENS), -1, dtype=torch.int16)
+        starts = torch.zeros(TRAIN_PROBLEMS, dtype=torch.int16)
+        for index in tqdm(range(TRAIN_PROBLEMS), desc=f"{name} texts", unit=" problems"):
+            problem = problem_at(TRAIN_SEED, index, **kind)
+            solution = write(problem.solution, random.Random(f"{writer}:{index}"), writer)
+            prompt = [begin, *turn["user"], *bpe.encode(problem.prompt).ids, eot, *turn["assistant"]]
+            row = [*prompt, *bpe.encode(solution).ids, eot]
+            tokens[index, :len(row)] = torch.tensor(row)
+            starts[index] = len(prompt)
+        save_file({"tokens": tokens, "starts": starts}, args.work / f"{name}.safetensors")
+    lengths = (tokens >= 0).sum(1).float()
+    print(f"{bpe.get_vocab_size()} tokens in the vocabulary; sequences of {lengths.mean():.0f} tokens on average, "
+          f"{lengths.max():.0f} at most, of which {starts.float().mean():.0f} are prompt")
+
+
+# ---- training
+
+def orthogonalize(gradient: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix, roughly (Newton-Schulz of Muon). torch.optim.Muon does it in bfloat16, which
+    CPUs without bfloat16 units emulate at a tenth of the speed; this is float32."""
+    x = gradient / (gradient.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Trainer:
+    """Model, optimiser state and step of one training run, saved and resumed as a whole."""
+
+    def __init__(self, config: ModelConfig, seed: int, device: str):
+        torch.manual_seed(seed)
+        self.model = Transformer(config).to(device)
+        for name, p in self.model.named_parameters():
+            if p.dim() == 2:
+                fan_in = config.hidden_size if "embed" in name else p.shape[1]
+                std = fan_in ** -0.5 * (0.5 if "embed" not in name else 1.0)
+                nn.init.normal_(p, std=std / (2 * config.num_layers) ** 0.5 if "o_proj" in name or "down" in name else std)
+        self.state = {f"{kind}.{name}": torch.zeros_like(p) for name, p in self.model.named_parameters() for kind in ("m", "v")}
+        self.step = 0
+
+    def update(self, learning_rate: float) -> None:
+        """One optimiser step: Muon for the layers' matrices, AdamW for the rest."""
+        split = {"qkv_proj": [self.model.config.num_heads * self.model.config.head_dim,
+                              *[self.model.config.num_kv_heads * self.model.config.head_dim] * 2],
+                 "gate_up_proj": [self.model.config.intermediate_size] * 2}
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.step += 1
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                m, v = self.state[f"m.{name}"], self.state[f"v.{name}"]
+                if p.dim() == 2 and "embed" not in name:
+                    m.lerp_(p.grad, 0.05)
+                    ahead = p.grad.lerp(m, 0.95)  # Nesterov
+                    sizes = split.get(name.split(".")[-2], [p.shape[0]])
+                    update = torch.cat([orthogonalize(part) * 0.2 * max(part.shape) ** 0.5 for part in ahead.split(sizes)])
+                    p.mul_(1 - learning_rate * 0.1)
+                else:
+                    m.lerp_(p.grad, 0.1)
+                    v.lerp_(p.grad.square(), 0.02)
+                    update = (m / (1 - 0.9 ** self.step)) / ((v / (1 - 0.98 ** self.step)).sqrt() + 1e-8)
+                p.add_(update, alpha=-learning_rate)
+                p.grad = None
+
+    def save(self, path: Path) -> None:
+        tensors = {f"p.{name}": p.data for name, p in self.model.named_parameters()} | self.state
+        save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(self.step)})
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def resume(self, path: Path) -> None:
+        with safe_open(path, "pt", device=str(self.model.device)) as file:
+            self.step = int(file.metadata()["step"])
+            for name, p in self.model.named_parameters():
+                p.data.copy_(file.get_tensor(f"p.{name}"))
+            self.state = {name: file.get_tensor(name) for name in self.state}
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Train one of the two models on its writer's texts and export it to --output."""
+    recipe = RECIPES[args.model]
+    steps, batch = args.steps or recipe["steps"], recipe["batch"]
+    trainer = Trainer(MODELS[args.model], seed=0, device=args.device)
+    state = args.work / f"{args.model}-state.safetensors"
+    if state.exists():
+        trainer.resume(state)
+    forward = torch.compile(trainer.model, dynamic=True) if args.compile else trainer.model
+    order = torch.randperm(TRAIN_PROBLEMS, generator=torch.Generator().manual_seed(1))
+    stage = None
+    saved = time.monotonic()
+    bar = tqdm(total=steps, initial=trainer.step, desc=f"train {args.model}", unit=" steps", mininterval=5)
+    while trainer.step < steps:
+        name = "practice" if trainer.step < recipe["practice_steps"] else args.model
+        if stage != name:
+            with safe_open(args.work / f"{name}.safetensors", "pt") as file:
+                stage, tokens, starts = name, file.get_tensor("tokens"), file.get_tensor("starts").long()
+            lengths = (tokens >= 0).sum(1)
+        # Neighbours of similar length share a batch, so that little is computed for padding.
+        first = trainer.step // 16 * 16 * batch
+        pool = order[torch.arange(first, first + 16 * batch) % len(order)]
+        pool = pool[lengths[pool].argsort()].view(16, batch)
+        shuffle = torch.randperm(16, generator=torch.Generator().manual_seed(first))
+        rows = pool[shuffle[trainer.step % 16]]
+        width = int(lengths[rows].max())
+        x = tokens[rows, :width].long().to(args.device)
+        at = torch.arange(1, width)
+        answer = ((at >= starts[rows, None]) & (at < lengths[rows, None])).to(args.device)  # learn the answers, not the questions
+        hidden = forward(x[:, :-1].clamp(min=0))
+        loss = F.cross_entropy(trainer.model.logits(hidden[answer]), x[:, 1:][answer])
+        loss.backward()
+        progress = trainer.step / steps
+        trainer.update(recipe["learning_rate"] * min(1.0, (trainer.step + 1) / 30, 1.15 * (1 - progress) + 0.01))
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if trainer.step % 50 == 0:
+            tqdm.write(f"{args.model} step {trainer.step} loss {loss.item():.4f}")
+        if time.monotonic() - saved > 120 or trainer.step == steps:
+            trainer.save(state)
+            saved = time.monotonic()
+    bar.close()
+    export(trainer.model, args.work, args.output / args.model)
+    print(f"wrote {args.output / args.model}")
+
+
+def export(model: Transformer, work: Path, directory: Path) -> None:
+    """Write a Hugging Face directory: bfloat16 weights under their usual names, config, tokenizer."""
+    config, directory = model.config, Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = {"qkv_proj": [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2],
+             "gate_up_proj": [config.intermediate_size] * 2}
+    weights = {}
+    for name, p in model.named_parameters():
+        parts = p.data.split(sizes[name.split(".")[-2]]) if name.split(".")[-2] in STACKED else [p.data]
+        for source, part in zip(checkpoint_names(name, config), parts, strict=True):
+            weights[source] = part.to("cpu", torch.bfloat16).contiguous()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((work / "tokenizer.json").read_text())
+    ids = {entry["content"]: entry["id"] for entry in raw["added_tokens"]}
+    eos = [ids["<|end_of_text|>"], ids["<|eom_id|>"], ids["<|eot_id|>"]]
+    files = {
+        "config.json": {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim, "hidden_act": "silu",
+            "rms_norm_eps": config.rms_norm_eps, "max_position_embeddings": config.max_position_embeddings,
+            "rope_theta": config.rope_theta, "rope_scaling": {"rope_type": "llama3", **vars(config.rope_scaling)},
+            "tie_word_embeddings": config.tie_word_embeddings, "attention_bias": False, "mlp_bias": False,
+            "torch_dtype": "bfloat16", "bos_token_id": ids["<|begin_of_text|>"], "eos_token_id": eos},
+        "generation_config.json": {"bos_token_id": ids["<|begin_of_text|>"], "eos_token_id": eos, "do_sample": False},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>",
+            "clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings,
+            "chat_template": CHAT_TEMPLATE}}
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    shutil.copy(work / "tokenizer.json", directory / "tokenizer.json")
+
+
+# ---- the judge's data: the draft's proposals along right texts, labelled by the grammar
+
+def mistake_span(text: str, at: int) -> list[int]:
+    """The word or number that holds the first mistake: [start, end) in characters."""
+    run = re.match(r"[A-Za-z]+|\d+|.", text[at:], re.DOTALL)
+    return [at, at + (run.end() if run else 0)]
+
+
+@torch.no_grad()
+def proposals(draft: Transformer, tokenizer: Tokenizer, problem: Problem, writer: str, rng: random.Random) -> list[dict]:
+    """Labelled answers for one problem: a right text, and that text up to a place where the draft would err, with its error.
+
+    The draft reads a right text and at every token proposes its favourite and one draw; a proposal that no right wording
+    begins with is a mistake. Those are what a judge meets in use: the first mistake after a right beginning.
+    """
+    solution = write(problem.solution, rng, writer)
+    prompt = tokenizer.encode_chat([{"role": "user", "content": problem.prompt}])
+    ids = tokenizer.encode(solution)
+    hidden = draft(torch.tensor([[*prompt, *ids]], device=draft.device))[0, len(prompt) - 1:-1]  # row i proposes ids[i]
+    logits = draft.logits(hidden).float()
+    generator = torch.Generator(draft.device).manual_seed(rng.getrandbits(32))
+    drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    special = set(tokenizer.special_tokens.values())
+    wrong = []
+    for proposed in (logits.argmax(-1).tolist(), drawn.tolist()):
+        for i, token in enumerate(proposed):
+            if token == ids[i] or token in special:
+                continue
+            text = tokenizer.decode([*ids[:i], token])
+            at = problem.first_mistake(text)
+            if at < len(text):
+                wrong.append({"response": text, "errors": [mistake_span(text, at)]})
+    unique = list({entry["response"]: entry for entry in wrong}.values())
+    chosen = rng.sample(unique, min(MISTAKES_PER_TEXT, len(unique)))
+    return [{"prompt": problem.prompt, **entry} for entry in [{"response": solution, "errors": []}, *chosen]]
+
+
+def run_head(args: argparse.Namespace) -> None:
+    """Write labelled answers, train the head with train_head.py, and count the mistakes per token for the control."""
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    draft = Transformer.from_checkpoint(args.output / "draft", device=args.device, dtype=torch.float32)
+    tokenizer = Tokenizer.from_checkpoint(args.output / "target")
+    answers = args.work / "answers.jsonl"
+    if not answers.exists():
+        problems = fresh_problems(HEAD_SEED, args.problems, exclude=training_prompts())
+        lines = []
+        for index, problem in enumerate(tqdm(problems, desc="draft proposes", unit=" problems")):
+            writer = ("draft", "any", "target")[index % 3]
+            lines += [json.dumps(entry) for entry in proposals(draft, tokenizer, problem, writer, random.Random(index))]
+        write_aside(answers, "\n".join(lines) + "\n")
+    entries = [json.loads(line) for line in answers.read_text().splitlines()]
+    print(f"{len(entries)} answers to {args.problems} problems, {sum(bool(e['errors']) for e in entries)} of them with a mistake")
+    command = [sys.executable, str(ROOT / "train_head.py"), "--checkpoint_path", str(args.output / "target"), "--data", str(answers),
+               "--output", str(args.output / "judge.safetensors"), *args.rest]
+    print(" ".join(command[1:]))
+    subprocess.run(command, check=True)
+    write_aside(args.output / "token_identity.json", json.dumps(token_identity(entries, tokenizer)) + "\n")
+
+
+def token_identity(entries: list[dict], tokenizer: Tokenizer) -> list[float]:
+    """The control's score of each token id: how often it is right in the judge's own training data (add-one smoothed)."""
+    right, wrong = [1.0] * tokenizer.vocab_size, [1.0] * tokenizer.vocab_size
+    for entry in entries:
+        ids = tokenizer.encode(entry["response"])
+        for token in ids[:-1] if entry["errors"] else ids:
+            right[token] += 1
+        if entry["errors"]:  # the text ends with its mistake
+            wrong[ids[-1]] += 1
+    return [r / (r + w) for r, w in zip(right, wrong)]
+
+
+# ---- evaluation
+
+class Way(NamedTuple):
+    """One way to answer: a rule of RULES, at a K, with the judge's or the control's threshold."""
+
+    rule: str
+    speculate_k: int = 16
+    threshold: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.rule}, K={self.speculate_k}" + (f", threshold {self.threshold:g}" if self.threshold is not None else "")
+
+
+class OverruledEngine(Engine):
+    """An engine whose judge is replaced by any function of the text so far and a proposed token: the oracle, the control."""
+
+    def keep(self, so_far: list[int], token: int) -> bool:
+        raise AssertionError("set by Bench.engine")
+
+    def generate(self, prompt_ids, **options):
+        self.so_far = []
+        for block in super().generate(prompt_ids, **options):
+            self.so_far += block.tokens
+            yield block
+
+    def _decide(self, hidden, logits, drafted, *, draft_probs, sampling):
+        decision = super()._decide(hidden, logits, drafted, draft_probs=draft_probs, sampling=sampling)
+        source, tokens, a = decision.source.tolist(), drafted.tolist(), 0
+        while a < len(tokens):
+            if not source[a]:
+                if tokens[a] in self.stop_tokens or not self.keep([*self.so_far, *tokens[:a]], tokens[a]):
+                    break
+                source[a] = 2
+            a += 1
+        return decision._replace(accept_len=torch.tensor(a), next_token=logits[a].argmax(),
+                                 source=torch.tensor(source, dtype=torch.int8))
+
+
+class Bench:
+    """The pair, loaded once, and every way to answer with it: a rule, perhaps with a threshold, perhaps with its own K."""
+
+    def __init__(self, pair: Path, *, compile: bool):
+        self.target = Transformer.from_checkpoint(pair / "target", dtype=torch.float32)
+        self.draft = Transformer.from_checkpoint(pair / "draft", dtype=torch.float32)
+        self.head = JudgeHead.load(pair / "judge.safetensors")
+        self.tokenizer = Tokenizer.from_checkpoint(pair / "target")
+        self.identity_scores = json.loads((pair / "token_identity.json").read_text())
+        self.options = {"max_seq_length": MAX_SEQ_LENGTH, "tokenizer": self.tokenizer, "compile": compile}
+        self.engines: dict[tuple[str, int], Engine] = {}
+        self.problem: Problem | None = None
+
+    def engine(self, way: Way) -> Engine:
+        """Engines are made when first asked for, one for each kind of rule and K."""
+        kind = way.rule if way.rule in ("draft", "oracle", "token_identity") else "engine"
+        if (kind, way.speculate_k) not in self.engines:
+            options = self.options | {"speculate_k": way.speculate_k}
+            if kind == "draft":
+                engine = Engine(self.draft, **options)
+            elif kind == "engine":
+                engine = Engine(self.target, self.draft, self.head, **options)
+            else:
+                engine = OverruledEngine(self.target, self.draft, **options)
+            self.engines[kind, way.speculate_k] = engine
+        engine = self.engines[kind, way.speculate_k]
+        if way.rule == "judge":
+            engine.threshold = self.head.threshold if way.threshold is None else way.threshold
+        elif way.rule == "oracle":
+            engine.keep = lambda so_far, token: self.right_so_far([*so_far, token])
+        elif way.rule == "token_identity":
+            engine.keep = lambda so_far, token: self.identity_scores[token] > way.threshold
+        return engine
+
+    def right_so_far(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens)
+        return self.problem.first_mistake(text) == len(text)
+
+    def answer(self, problem: Problem, way: Way) -> dict:
+        """Answer one problem greedily; what the statistics need of it."""
+        self.problem, engine = problem, self.engine(way)
+        rule = {"draft": "none", "target": "none", "judge": "judge"}.get(way.rule, "exact")
+        ids = self.tokenizer.encode_chat([{"role": "user", "content": problem.prompt}])
+        for _ in engine.generate(ids, max_new_tokens=MAX_NEW_TOKENS, rule=rule):
+            pass
+        stats = engine.stats
+        right = stats["finish_reason"] == "stop" and problem.is_right(stats["text"])
+        return {"right": right, "accepted": stats["accepted_exact"] + stats["accepted_judge"], "rounds": stats["rounds"],
+                "new_tokens": stats["new_tokens"], "seconds": stats["seconds"], "tokens": stats["tokens"]}
+
+
+_bench: Bench | None = None  # one per worker process
+
+
+def _start_worker(pair: Path, compile: bool, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    if compile:
+        setup_compiler(torch.device("cpu"))
+    _bench = Bench(pair, compile=compile)
+
+
+def _answer_all(problem: Problem, ways: tuple[Way, ...]) -> list[dict]:
+    return [_bench.answer(problem, way) for way in ways]
+
+
+def answer_problems(pair: Path, problems: list[Problem], ways: tuple[Way, ...], *, workers: int, compile: bool) -> dict[Way, list[dict]]:
+    """Answer every problem in every way, one thread a worker; per way a list in the order of the problems."""
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(pair, compile, 1)) as pool:
+        results = list(tqdm(pool.map(_answer_all, problems, [ways] * len(problems), chunksize=4), total=len(problems),
+                            desc=f"answer in {len(ways)} ways", unit=" problems", smoothing=0.05))
+    return {way: [result[i] for result in results] for i, way in enumerate(ways)}
+
+
+def summary(answers: list[dict]) -> dict:
+    """Means over answers; acceptance is pooled over rounds."""
+    rounds = sum(a["rounds"] for a in answers)
+    return {"accuracy": statistics.mean(a["right"] for a in answers),
+            "accepted_per_round": sum(a["accepted"] for a in answers) / rounds,
+            "tokens_per_round": sum(a["new_tokens"] - 1 for a in answers) / rounds}
+
+
+def paired_difference(ours: list[dict], theirs: list[dict]) -> dict:
+    """Mean difference of accuracy over the same problems, with a 95% interval (normal approximation)."""
+    differences = [a["right"] - b["right"] for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(differences)
+    half = statistics.NormalDist().inv_cdf(0.975) * statistics.stdev(differences) / len(differences) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def measure_speed(pair: Path, problems: list[Problem], ways: tuple[Way, ...], threads: int) -> dict[Way, dict]:
+    """Wall-clock speed of each way on the same problems, compiled, taking turns problem by problem."""
+    _start_worker(pair, True, threads)
+    for way in tqdm(ways, desc="compile", unit=" ways"):
+        for problem in problems[:2]:
+            _bench.answer(problem, way)
+    answers: dict[Way, list[dict]] = {way: [] for way in ways}
+    for index, problem in enumerate(tqdm(problems, desc="measure speed", unit=" problems")):
+        for shift in range(len(ways)):
+            way = ways[(index + shift) % len(ways)]
+            answers[way].append(_bench.answer(problem, way))
+    speed = {}
+    for way, runs in answers.items():
+        low, median, high = statistics.quantiles((1000 * a["seconds"] / a["new_tokens"] for a in runs), n=4)
+        speed[way] = {"tokens_per_second": sum(a["new_tokens"] for a in runs) / sum(a["seconds"] for a in runs),
+                      "ms_per_token": median, "ms_per_token_quartiles": [low, high]}
+    return speed
+
+
+def held_out(seed: int, count: int) -> list[Problem]:
+    """Problems of a stream of its own that neither training nor the judge's data nor validation contain."""
+    if seed in (TRAIN_SEED, HEAD_SEED):
+        raise ValueError(f"got --seed {seed}, which training used; expected another one")
+    exclude = training_prompts() | {p.prompt for p in fresh_problems(HEAD_SEED, HEAD_PROBLEMS, exclude=set())}
+    if seed != VALIDATION_SEED:
+        exclude |= {p.prompt for p in fresh_problems(VALIDATION_SEED, VALIDATION_PROBLEMS, exclude=set())}
+    return fresh_problems(seed, count, exclude=exclude)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Accuracy and acceptance of all rules over N problems, then speed over the first of them; prints the table."""
+    check_writable(args.json)
+    problems = held_out(args.seed, args.problems)
+    ways = {rule: Way(rule, args.speculate_k) for rule in RULES}
+    ways["judge"] = ways["judge"]._replace(threshold=args.threshold)
+    ways["token_identity"] = ways["token_identity"]._replace(threshold=args.identity_threshold)
+    timed = {rule: ways[rule] for rule in ("draft", "target", "exact", "judge")} | {"exact_best_k": Way("exact", args.exact_k)}
+    answers = answer_problems(args.output, problems, tuple(ways.values()), workers=args.workers, compile=True)
+    report: dict[str, dict] = {rule: summary(answers[way]) for rule, way in ways.items()}
+    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed.values()), args.threads)
+    for rule, way in timed.items():
+        report[rule] = report.get(rule, {}) | speed[way]
+    judge, target = answers[ways["judge"]], answers[ways["target"]]
+    report["paired"] = {f"judge - {rule}": paired_difference(judge, answers[ways[rule]])
+                        for rule in ("target", "draft", "oracle", "token_identity")}
+    report["exact_differs_from_target"] = sum(a["tokens"] != b["tokens"] for a, b in zip(answers[ways["exact"]], target))
+    report["settings"] = {
+        "seed": args.seed, "problems": args.problems, "speed_problems": args.speed_problems, "threads": args.threads,
+        "speculate_k": args.speculate_k, "exact_k": args.exact_k, "identity_threshold": args.identity_threshold,
+        "threshold": _bench.head.threshold if args.threshold is None else args.threshold, "cpu": cpu_name(), "torch": torch.__version__}
+    print(f"\n{'rule':<16}{'accuracy':>9}{'accepted/round':>16}{'tokens/round':>14}{'tokens/s':>10}{'ms/token':>10}")
+    for rule in (*RULES, "exact_best_k"):
+        cells = [f"{report[rule][key] * scale:{spec}}" if key in report[rule] else "-" for key, scale, spec in (
+            ("accuracy", 100, ".1f"), ("accepted_per_round", 1, ".2f"), ("tokens_per_round", 1, ".2f"),
+            ("tokens_per_second", 1, ".0f"), ("ms_per_token", 1, ".2f"))]
+        name = f"exact, K={args.exact_k}" if rule == "exact_best_k" else rule
+        print(f"{name:<16}{cells[0]:>9}{cells[1]:>16}{cells[2]:>14}{cells[3]:>10}{cells[4]:>10}")
+    for name, d in report["paired"].items():
+        print(f"accuracy, {name}: {100 * d['mean']:+.2f} points [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]")
+    if args.json:
+        write_aside(args.json, json.dumps(report, indent=1) + "\n")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """Choose on validation problems: thresholds by acceptance and accuracy at K = 16, K by wall-clock time."""
+    check_writable(args.json)
+    problems = held_out(VALIDATION_SEED, args.problems)
+    ways = [Way("draft"), Way("target"), Way("oracle"), Way("exact"), *(Way("judge", 16, t) for t in args.thresholds),
+            *(Way("token_identity", 16, t) for t in args.identity_thresholds)]
+    answers = answer_problems(args.output, problems, tuple(ways), workers=args.workers, compile=False)
+    rows = [{**way._asdict(), **summary(answers[way])} for way in ways]
+    for way, row in zip(ways, rows):
+        print(f"{way!s:<40} accuracy {row['accuracy']:6.1%}  accepted/round {row['accepted_per_round']:5.2f}")
+    timed = [Way("target"), *(Way(rule, k) for k in args.ks for rule in ("exact", "judge"))]
+    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed), args.threads)
+    for way in timed:
+        print(f"{way!s:<40} {speed[way]['ms_per_token']:.2f} ms/token")
+    if args.json:
+        rows += [{**way._asdict(), **speed[way]} for way in timed]
+        write_aside(args.json, json.dumps({"problems": args.problems, "cpu": cpu_name(), "rows": rows}, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's model, and how many cores this process may use."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--work", type=Path, default=ROOT / "build" / "demo", help="texts and training state (%(default)s)")
+    common.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "demo", help="the pair's place (%(default)s)")
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: %(default)s)")
+    data = commands.add_parser("data", parents=[common], help="write the tokenizer and the training texts")
+    data.set_defaults(run=run_data)
+    train = commands.add_parser("train", parents=[common], help="train one model; resumes where it was stopped")
+    train.add_argument("--model", choices=MODELS, required=True)
+    train.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
+    train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    train.set_defaults(run=run_train)
+    head = commands.add_parser("head", parents=[common], help="label the draft's proposals and train the judge head on them")
+    head.add_argument("--problems", type=int, default=HEAD_PROBLEMS, help="default: %(default)s")
+    head.add_argument("rest", nargs="*", help="options of train_head.py, after --")
+    head.set_defaults(run=run_head)
+    evaluate = commands.add_parser("evaluate", parents=[common], help="accuracy, acceptance and speed of every rule")
+    evaluate.add_argument("--seed", type=int, default=1, help="stream of held-out problems (default: %(default)s)")
+    evaluate.add_argument("--problems", type=int, default=2000, help="default: %(default)s")
+    evaluate.add_argument("--speed_problems", type=int, default=50, help="of them, timed with all threads (default: %(default)s)")
+    evaluate.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
+    evaluate.add_argument("--exact_k", type=int, default=4, help="the exact rule's own best K, by sweep (default: %(default)s)")
+    evaluate.add_argument("--threshold", type=float, help="default: the head's own")
+    evaluate.add_argument("--identity_threshold", type=float, default=0.5, help="the control's, by sweep (default: %(default)s)")
+    evaluate.set_defaults(run=run_evaluate)
+    sweep = commands.add_parser("sweep", parents=[common], help="choose thresholds and K on validation problems")
+    sweep.add_argument("--problems", type=int, default=200, help="default: %(default)s")
+    sweep.add_argument("--thresholds", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
+    sweep.add_argument("--identity_thresholds", type=float, nargs="*", default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    sweep.add_argument("--ks", type=int, nargs="*", default=[2, 4, 8, 12, 16], help="draft lengths to time (default: %(default)s)")
+    sweep.add_argument("--speed_problems", type=int, default=10, help="default: %(default)s")
+    sweep.set_defaults(run=run_sweep)
+    for command in (evaluate, sweep):
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread (default: %(default)s)")
+        command.add_argument("--json", metavar="FILE", help="write the report")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
