@@ -49,7 +49,7 @@ DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 PREFILL_CHUNK = 512  # tokens a prefill pass reads at most: bounds its activations
 # Draft steps are compiled together up to this many layers a call: a step of a tiny draft costs less than calling it, and
 # of a large one the compiler would take minutes over the copies.
-DRAFT_CHUNK_LAYERS = 32
+DRAFT_CHUNK_LAYERS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RULES = ("none", "exact", "judge")
 SOURCES = ("target", "exact", "judge")  # by Decision.source; 0 never stays, so its place names who wrote the rest
