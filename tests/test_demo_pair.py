@@ -120,7 +120,7 @@ def test_rules_on_held_out_problems(pair):
     engine = Engine(target, draft, head, speculate_k=16, max_seq_length=384, tokenizer=tokenizer)
     stats = {"none": [], "exact": [], "judge": []}
     right = dict.fromkeys(stats, 0)
-    problems = demo_pair.held_out(1, 30)
+    problems = demo_pair.held_out(1, 12)
     for problem in problems:
         ids = tokenizer.encode_chat([{"role": "user", "content": problem.prompt}])
         for rule, entries in stats.items():
