@@ -268,23 +268,14 @@ def pair_distribution(target: Transformer, temperature: float, top_k: int | None
     return joint
 
 
-class IgnoresQ(Engine):
-    """A planted bug: the draft samples, but the rule is told that it was certain."""
-
-    def _decide(self, hidden, logits, drafted, *, draft_probs, sampling):
-        certain = torch.nn.functional.one_hot(drafted, draft_probs.shape[-1]).float()
-        return super()._decide(hidden, logits, drafted, draft_probs=certain, sampling=sampling)
-
-
-@pytest.mark.parametrize("engine_class, temperature, top_k, sound", [
-    (Engine, 1.0, None, True), (Engine, 0.6, 3, True), (IgnoresQ, 1.0, None, False)])
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.6, 3)])
 @torch.no_grad()
-def test_sampled_speculation_has_the_targets_distribution(engine_class, temperature, top_k, sound):
+def test_sampled_speculation_has_the_targets_distribution(temperature, top_k):
     from scipy.stats import chisquare
 
     target = random_model(4, vocab_size=VOCABULARY, num_layers=1, spread=0.35)
     draft = random_model(5, vocab_size=VOCABULARY, num_layers=1, spread=0.35)
-    engine = engine_class(target, draft, speculate_k=2, stop_tokens=(), max_seq_length=16)
+    engine = Engine(target, draft, speculate_k=2, stop_tokens=(), max_seq_length=16)
     counts = torch.zeros(VOCABULARY, VOCABULARY)
     for seed in range(SAMPLES):
         _, b, c = run(engine, prompt=[1, 2], n=3, temperature=temperature, top_k=top_k, seed=seed)
@@ -296,9 +287,7 @@ def test_sampled_speculation_has_the_targets_distribution(engine_class, temperat
     wanted = torch.cat((expected[kept], expected[~kept].sum()[None]))
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
     p_value = chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue
-    assert bool(p_value > 0.001) is sound, p_value
-    if not sound:
-        assert p_value < 1e-8
+    assert p_value > 0.001, p_value
 
 
 def test_seeds_repeat_and_differ():
