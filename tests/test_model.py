@@ -6,9 +6,10 @@ import struct
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from model import Checkpoint, ModelConfig, SafetensorsFile, Transformer
+from model import Checkpoint, Linear, ModelConfig, SafetensorsFile, Transformer
 
 TOLERANCE = 2e-5  # ‖Δ‖/‖ref‖ against float32 transformers; a missing RoPE scaling gives 1e-1, a wrong theta 1e-1
 
@@ -218,3 +219,38 @@ def test_copying_a_directory_without_its_shards_fails_early(tiny_checkpoint, tmp
     shutil.copy(directory / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="got no weights"):
         Transformer.from_checkpoint(tmp_path)
+
+
+# ---- linear layers on a CPU
+
+def linear_error(x: torch.Tensor, layer: Linear, y: torch.Tensor) -> tuple[float, float]:
+    """Relative error against float64, of y and of F.linear in the same precision."""
+    exact = x.double() @ layer.weight.double().T
+    return tuple(((other.double() - exact).norm() / exact.norm()).item() for other in (y, F.linear(x, layer.weight)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 5, 16, 17, 33])
+@torch.no_grad()
+def test_linear_is_as_good_as_torchs(rows, dtype):
+    torch.manual_seed(rows)
+    layer, x = Linear(179, 83).to(dtype), torch.randn(1, rows, 179).to(dtype)
+    x[..., 3] *= 1000  # an outlier, as hidden states have
+    ours, torchs = linear_error(x, layer, layer(x))
+    assert ours <= 2 * torchs
+
+
+@pytest.mark.parametrize("dtype, rows", [(torch.float32, 1), (torch.float32, 3), (torch.float32, 6), (torch.bfloat16, 2)])
+@torch.no_grad()
+def test_compiled_linear_is_as_good_as_torchs(dtype, rows):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(rows)
+    layer, x = Linear(179, 83).to(dtype), torch.randn(1, rows, 179).to(dtype)
+    ours, torchs = linear_error(x, layer, torch.compile(lambda x: layer(x), dynamic=False, fullgraph=True)(x))
+    assert ours <= 2 * torchs
+
+
+def test_the_linear_operator_describes_itself_rightly():
+    arguments = torch.randn(5, 12), torch.randn(7, 12)
+    torch.library.opcheck(torch.ops.gavel.onednn_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
