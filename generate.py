@@ -28,6 +28,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import time
 import warnings
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from judge import JudgeHead, accept, probs, sample
+from judge import MAX_K, JudgeHead, accept, probs, sample, written_aside
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DEMO_PROMPT = ("Mia has nine shells. First, Mia finds six shells. Second, Mia loses seven shells. Third, Mia doubles the shells. "
                "Fourth, Mia wins three shells. How many shells does Mia have?")
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
+SPECULATE_K = 16
 PREFILL_CHUNK = 512  # tokens a prefill pass reads at most: bounds its activations
 # Draft steps are compiled together up to this many layers a call: a step of a tiny draft costs less than calling it, and
 # of a large one the compiler would take minutes over the copies.
@@ -61,8 +63,6 @@ class Block(NamedTuple):
     tokens: list[int]
     sources: list[str]
 
-
-# ---- one step, one round: pure functions of tensors, which torch.compile takes whole
 
 def next_token(model: Transformer, tokens: Tensor, input_pos: Tensor, temperature: Tensor | None = None,
                top_k: int | None = None, exponentials: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -106,17 +106,11 @@ class Sampling:
     top_k: int | None
     generator: torch.Generator
 
-    def exponentials(self, *shape: int) -> Tensor | None:
-        """Exp(1), float32, or None when greedy."""
+    def draw(self, kind: str, *shape: int) -> Tensor | None:
+        """float32 of `shape`, 'exponential' (Exp(1)) or 'uniform' (on [0, 1)), or None when greedy."""
         if self.temperature is None:
             return None
-        return torch.empty(shape, device=self.generator.device).exponential_(generator=self.generator)
-
-    def uniforms(self, count: int) -> Tensor | None:
-        """Uniform on [0, 1), float32 [count], or None when greedy."""
-        if self.temperature is None:
-            return None
-        return torch.rand(count, device=self.generator.device, generator=self.generator)
+        return getattr(torch.empty(shape, device=self.generator.device), f"{kind}_")(generator=self.generator)
 
 
 class PhaseClock:
@@ -147,8 +141,6 @@ class PhaseClock:
         return totals
 
 
-# ---- the engine
-
 class Engine:
     """A target, optionally a draft and a judge, and the rounds between them. Batch 1.
 
@@ -160,12 +152,11 @@ class Engine:
     threshold defaults to the head's own. max_seq_length bounds prompt and answer together. stop_tokens defaults to the
     target config's. tokenizer is only used to put text into `stats`. impl is the acceptance rule's: 'torch' or 'triton',
     by default triton on CUDA and torch elsewhere. compile=True compiles the steps when they first run; see warmup().
-
     ValueError where draft, target and judge do not fit together.
     """
 
     def __init__(self, target: Transformer, draft: Transformer | None = None, judge: JudgeHead | None = None, *,
-                 speculate_k: int = 16, threshold: float | None = None, max_seq_length: int = 2048,
+                 speculate_k: int = SPECULATE_K, threshold: float | None = None, max_seq_length: int = 2048,
                  stop_tokens: tuple[int, ...] | None = None, tokenizer: Tokenizer | None = None, compile: bool = False,
                  impl: str | None = None):
         check_fit(target.config, draft and draft.config, judge, speculate_k=speculate_k, threshold=threshold)
@@ -183,7 +174,6 @@ class Engine:
         self._stop_tokens = torch.tensor(self.stop_tokens, dtype=torch.int64, device=self.device)
         self._delta = torch.tensor(1.0, device=self.device)  # refilled for each answer; 1 makes the judge silent
         self._offsets = torch.arange(-1, speculate_k + 1, device=self.device)
-        self._committed: list[int] = []  # tokens whose rows in every cache are right: a chat's next turn starts there
         self.stats: dict = {}
         impl = impl or ("triton" if self.device.type == "cuda" else "torch")
         wrap = (lambda f: torch.compile(f, dynamic=False, fullgraph=True)) if compile else (lambda f: f)
@@ -192,13 +182,11 @@ class Engine:
         self._accept = accept if impl == "triton" else wrap(accept)  # the kernel is compiled already
         self._impl = impl
 
-    # -- one round
-
     def _decode(self, state: tuple[Tensor, Tensor], sampling: Sampling, clock: PhaseClock):
         """A round without a draft: one step of the target."""
         pair, n = state
         token, _, status = self._next_token(self.target, pair[None, 1:], n[None], sampling.temperature, sampling.top_k,
-                                            sampling.exponentials(self.target.config.vocab_size))
+                                            sampling.draw("exponential", self.target.config.vocab_size))
         clock.mark("verify")
         return (torch.stack((pair[1], token)), n + 1), (token[None], None, None, status)
 
@@ -214,7 +202,7 @@ class Engine:
         for start in range(0, self.speculate_k, self._draft_chunk):
             steps = min(self._draft_chunk, self.speculate_k - start)
             new, q = self._draft_steps(self.draft, tokens, input_pos, steps, sampling.temperature, sampling.top_k,
-                                       sampling.exponentials(steps, self.draft.config.vocab_size))
+                                       sampling.draw("exponential", steps, self.draft.config.vocab_size))
             drafted.append(new)
             distributions.append(q)
             tokens, input_pos = new[None, -1:], n + self._offsets[start + steps + 1:start + steps + 2]
@@ -239,7 +227,8 @@ class Engine:
         return self._accept(
             hidden, logits, drafted, head=self.judge, threshold=self._delta, stop_tokens=self._stop_tokens,
             temperature=sampling.temperature, top_k=sampling.top_k, draft_probs=draft_probs,
-            uniforms=sampling.uniforms(self.speculate_k), exponentials=sampling.exponentials(logits.shape[-1]), impl=self._impl)
+            uniforms=sampling.draw("uniform", self.speculate_k), exponentials=sampling.draw("exponential", logits.shape[-1]),
+            impl=self._impl)
 
     def _read(self, result) -> Block:
         """Bring one round's outcome to the host, whole; the only wait of a round."""
@@ -253,36 +242,32 @@ class Engine:
         tokens, sources = tokens.tolist(), [SOURCES[s] for s in source.tolist()]
         return Block([*tokens[:a], tokens[-1]], [*sources[:a], "target"])
 
-    def _prefill(self, prompt: list[int], sampling: Sampling, *, with_draft: bool):
-        """Read the prompt into the caches, from the first token on that they do not hold; draw the first new token."""
-        common = len(os.path.commonprefix((prompt, self._committed)))
-        begin = max(min(common, len(prompt) - 1), 0)
-        self._committed = []
+    def _prefill(self, prompt: list[int], begin: int, sampling: Sampling, *, with_draft: bool):
+        """Read prompt[begin:] into the caches, which hold what is before it, and draw the first new token."""
         ids = torch.tensor(prompt, device=self.device)
+        input_pos = torch.arange(len(prompt), device=self.device)
+        last = begin + (len(prompt) - 1 - begin) // PREFILL_CHUNK * PREFILL_CHUNK  # where the last chunk begins
         for model in (self.draft, self.target) if with_draft else (self.target,):
-            for start in range(begin, len(prompt), PREFILL_CHUNK):
-                stop = min(start + PREFILL_CHUNK, len(prompt))
-                last = stop - 1 if stop == len(prompt) and model is self.target else stop
-                if last > start:
-                    model(ids[None, start:last], torch.arange(start, last, device=self.device))
-        n = torch.tensor(len(prompt) - 1, device=self.device)
-        token, _, status = next_token(self.target, ids[None, -1:], n[None], sampling.temperature, sampling.top_k,
-                                      sampling.exponentials(self.target.config.vocab_size))
-        return (torch.stack((ids[-1], token)), n + 1), (token[None], None, None, status)
-
-    # -- an answer
+            for start in range(begin, last, PREFILL_CHUNK):
+                model(ids[None, start:start + PREFILL_CHUNK], input_pos[start:start + PREFILL_CHUNK])
+        if with_draft:
+            self.draft(ids[None, last:], input_pos[last:])
+        token, _, status = next_token(self.target, ids[None, last:], input_pos[last:], sampling.temperature, sampling.top_k,
+                                      sampling.draw("exponential", self.target.config.vocab_size))
+        return (torch.stack((ids[-1], token)), input_pos[-1] + 1), (token[None], None, None, status)
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
-                 seed: int = 0, rule: str | None = None) -> Iterator[Block]:
+                 seed: int = 0, rule: str | None = None, keep_cache: bool = False) -> Iterator[Block]:
         """Yield the answer block by block: first the token from prefill, then one block a round.
 
         Ends after a stop token or max_new_tokens (shortened, with a warning, where prompt and answer outgrow
-        max_seq_length). `rule` overrides the engine's for this answer. Afterwards `stats` describes it.
-
+        max_seq_length). `rule` overrides the engine's for this answer; keep_cache does not read anew what this prompt has in
+        common with the last answer and its prompt (a chat's next turn). Afterwards `stats` describes the answer.
         ValueError: empty prompt, prompt that fills max_seq_length, options out of range. FloatingPointError: logits that
         are not finite, raised before any token of that round is yielded.
         """
+        self.stats = {}
         rule = rule or self.rule
         if rule not in RULES[:RULES.index(self.rule) + 1]:
             raise ValueError(f"got rule {rule!r}, expected one of {', '.join(RULES[:RULES.index(self.rule) + 1])} with the "
@@ -295,13 +280,18 @@ class Engine:
                             torch.Generator(self.device).manual_seed(seed))
         K = self.speculate_k if rule != "none" else 0
         run_round = self._speculate if K else self._decode
+        models = (self.target, self.draft) if K else (self.target,)
         tokens: list[int] = []
         kept = {"exact": 0, "judge": 0, "target": 0}
         by_position, rounds, finish_reason, first_token = [0] * K, 0, "length", None
         clock, start = PhaseClock(self.device), time.perf_counter()
         clock.mark()
         try:
-            state, result = self._prefill(prompt_ids, sampling, with_draft=K > 0)
+            kept_rows = [len(os.path.commonprefix((prompt_ids[:-1], model.cached))) for model in models]
+            begin = min(kept_rows) if keep_cache else 0
+            for model in models:
+                model.cached = []
+            state, result = self._prefill(prompt_ids, begin, sampling, with_draft=K > 0)
             clock.mark("prefill")
             while True:
                 block = self._read(result)
@@ -318,14 +308,21 @@ class Engine:
                             by_position[i] += 1
                 if block.tokens[-1] in self.stop_tokens:
                     finish_reason = "stop"
+                paused = time.perf_counter()
                 yield block
+                start += time.perf_counter() - paused  # the consumer's time is not ours
                 if finish_reason == "stop" or len(tokens) >= max_new_tokens:
                     break
                 clock.mark()
                 state, result = run_round(state, sampling, clock)
+        except FloatingPointError:
+            for model in models:
+                model.clear_caches()  # NaN in a dead row would still reach every answer
+            raise
         finally:
             # Rows of all but the last token are right in the target's cache, and of all but the last two in the draft's.
-            self._committed = [*prompt_ids, *tokens][:-2] if tokens and rule == self.rule else []
+            for model in models:
+                model.cached = [*prompt_ids, *tokens][:-2] if tokens else []
             seconds = time.perf_counter() - start
             phases = clock.seconds()
             accepted = kept["exact"] + kept["judge"]
@@ -361,19 +358,17 @@ class Engine:
                                        temperature=temperature, top_k=top_k, rule=rule):
                     pass
         finally:
-            self.stop_tokens, self._committed = stop_tokens, []
+            self.stop_tokens, self.stats = stop_tokens, {}
         return time.perf_counter() - start
 
-
-# ---- checks: a user's mistake is named before weights load
 
 def check_fit(target: ModelConfig, draft: ModelConfig | None, judge: JudgeHead | None, *, speculate_k: int,
               threshold: float | None) -> None:
     """ValueError where draft, target, judge and the round's settings do not fit together."""
     if speculate_k < 1:
-        raise ValueError(f"got speculate_k {speculate_k}, expected 1 or more (64 at most); 16 is a good start")
-    if speculate_k > 64:
-        raise ValueError(f"got speculate_k {speculate_k}, expected 64 or less, which is what the judge kernel holds")
+        raise ValueError(f"got speculate_k {speculate_k}, expected 1 or more ({MAX_K} at most); {SPECULATE_K} is a good start")
+    if speculate_k > MAX_K:
+        raise ValueError(f"got speculate_k {speculate_k}, expected {MAX_K} or less, which is what the judge kernel holds")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"got threshold {threshold}, expected a number in [0, 1]; 1 is standard speculative decoding")
     if judge is not None and draft is None:
@@ -399,8 +394,8 @@ def check_tokenizers(target: Tokenizer, draft: Tokenizer) -> None:
 
 def check_sampling(temperature: float, top_k: int | None, max_new_tokens: int) -> None:
     """ValueError for options out of range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"got temperature {temperature}, expected 0 (greedy) or a positive number")
+    if temperature != 0 and not 1e-3 <= temperature < float("inf"):
+        raise ValueError(f"got temperature {temperature}, expected 0 (greedy) or a number from 0.001 on")
     if top_k is not None and top_k < 1:
         raise ValueError(f"got top_k {top_k}, expected 1 or more; leave it out to keep the whole vocabulary")
     if max_new_tokens < 1:
@@ -424,24 +419,11 @@ def check_writable(path: str | None) -> None:
     """ValueError or FileNotFoundError where an output file could not be written."""
     if path is None:
         return
-    parent = Path(path).resolve().parent
-    if not parent.is_dir():
+    if not (parent := Path(path).resolve().parent).is_dir():
         raise FileNotFoundError(f"{path}: its directory {parent} does not exist; make it first")
     if Path(path).is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{path}: got a place that cannot be written, expected a file in a writable directory")
 
-
-def write_aside(path: str | Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that a killed run leaves the old one or the new one."""
-    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-# ---- device and compiler
 
 def pick_device(name: str | None) -> torch.device:
     """The device asked for, or CUDA where there is one, else the CPU. ValueError where it is not there."""
@@ -479,23 +461,28 @@ def device_name(device: torch.device) -> str:
 
 def setup_compiler(device: torch.device) -> None:
     """Settings of torch.compile, made once, by a program and not at import."""
+    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
+    dynamo.recompile_limit = 64  # one engine may run several K and cache lengths
     inductor.fx_graph_cache = True  # a second start reads the compiled steps from disk
     if device.type == "cuda":
         inductor.coordinate_descent_tuning = True
     else:
-        inductor.freezing = True  # weights are packed once for the CPU's matrix kernels
+        inductor.cpp_wrapper = True  # a step calls dozens of small kernels: not from Python
 
 
 def can_compile(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None where it can."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        return "no C++ compiler (g++ or clang++) found"
+    if device.type != "cpu":
+        return None
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        return f"no C++ compiler ({' or '.join(compilers)}) found"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h found (it is in python3-dev)"
     return None
 
-
-# ---- the terminal
 
 STYLES = {"exact": "", "judge": "\033[4;38;5;214m", "target": "\033[38;5;75m"}  # orange and blue: safe for colour-blind eyes
 
@@ -521,8 +508,8 @@ def use_colour() -> bool:
 
 
 def legend() -> str:
-    names = {"exact": "accepted by the exact rule", "judge": "kept by the judge alone", "target": "written by the target"}
-    return "   ".join(f"{STYLES[source]}{text}\033[0m" for source, text in names.items())
+    names = ("accepted by the exact rule", "kept by the judge alone", "written by the target")  # in the order of STYLES
+    return "   ".join(f"{style}{text}\033[0m" for style, text in zip(STYLES.values(), names, strict=True))
 
 
 def table(samples: list[dict]) -> str:
@@ -532,13 +519,10 @@ def table(samples: list[dict]) -> str:
         s["rule"] if s["rule"] != "none" else "target alone", str(s["new_tokens"]), f"{s['tokens_per_second']:.1f}",
         f"{1000 / s['tokens_per_second']:.2f}", str(s["rounds"]), f"{s['tokens_per_round']:.2f}", str(s["accepted_exact"]),
         str(s["accepted_judge"]), f"{s['draft_share']:.0%}", f"{s['verify_share']:.0%}") for s in samples]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
-
-# ---- the program
 
 @dataclass(frozen=True)
 class Setup:
@@ -571,6 +555,8 @@ def prepare(args: argparse.Namespace) -> Setup:
     check_sampling(args.temperature, args.top_k, args.max_new_tokens)
     if args.num_samples < 1:
         raise ValueError(f"got num_samples {args.num_samples}, expected 1 or more")
+    if not 0 <= args.seed < 2**63 - args.num_samples:
+        raise ValueError(f"got seed {args.seed}, expected 0 or a positive 63-bit number")
     for output in (args.json, args.profile):
         check_writable(output)
     device = pick_device(args.device)
@@ -590,14 +576,18 @@ def prepare(args: argparse.Namespace) -> Setup:
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{target_path}: got a tokenizer of {tokenizer.vocab_size} tokens and a model of {config.vocab_size}; "
                          "expected them to match: download the directory again")
+    if args.interactive and not tokenizer.has_chat:
+        raise ValueError("--interactive needs a chat model; this tokenizer has no <|start_header_id|>")
+    if args.interactive and (args.raw or args.prompt is not None or args.num_samples > 1):
+        raise ValueError("got --interactive with --raw, --prompt or --num_samples; a chat takes its prompts from the terminal")
     if draft_path:
         check_tokenizers(tokenizer, Tokenizer.from_checkpoint(draft_path))
     dtype = pick_dtype(args.dtype, config, device)
     missing = can_compile(device) if args.compile else None
     if missing:
-        print(f"{missing}: running uncompiled, several times slower", file=sys.stderr)
-    contexts = [c.max_position_embeddings for c in (config, draft_config) if c]
-    return Setup(target_path, draft_path, tokenizer, judge, device, dtype, min(contexts), args.compile and missing is None)
+        say(f"{missing}: running uncompiled, several times slower")
+    context = min(c.max_position_embeddings for c in (config, draft_config) if c)
+    return Setup(target_path, draft_path, tokenizer, judge, device, dtype, context, args.compile and missing is None)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None) -> list[int]:
@@ -640,11 +630,11 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def answer(engine: Engine, ids: list[int], args: argparse.Namespace, *, seed: int, rule: str | None = None,
-           show: bool = True) -> dict:
+           show: bool = True, keep_cache: bool = False) -> dict:
     """Generate one answer, streamed to the terminal if `show`; returns its statistics."""
     printer = Printer(engine.tokenizer, colour=use_colour() and engine.draft is not None)
     for block in engine.generate(ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                                 seed=seed, rule=rule):
+                                 seed=seed, rule=rule, keep_cache=keep_cache):
         if show:
             printer(block)
     if show:
@@ -654,8 +644,6 @@ def answer(engine: Engine, ids: list[int], args: argparse.Namespace, *, seed: in
 
 def chat(engine: Engine, args: argparse.Namespace) -> list[dict]:
     """Read turns from the terminal until end of input; the caches keep what was said."""
-    if not engine.tokenizer.has_chat:
-        raise ValueError("--interactive needs a chat model; this tokenizer has no <|start_header_id|>")
     opening = [{"role": "system", "content": args.system}] if args.system else []
     fresh = engine.tokenizer.encode_chat(opening, add_generation_prompt=False)
     history, samples = fresh, []
@@ -672,12 +660,15 @@ def chat(engine: Engine, args: argparse.Namespace) -> list[dict]:
         if len(history) + len(turn) >= engine.max_seq_length:
             say(f"The context of {engine.max_seq_length} tokens is full: starting anew.")
             history = fresh
+            if len(history) + len(turn) >= engine.max_seq_length:
+                say("This turn alone does not fit; shorten it.")
+                continue
         ids = [*history, *turn]
         with contextlib.suppress(KeyboardInterrupt):
-            answer(engine, ids, args, seed=args.seed + len(samples))
-        said = engine.stats["tokens"]
+            answer(engine, ids, args, seed=args.seed + len(samples), keep_cache=True)
+        said = engine.stats.get("tokens", [])
         history = [*ids, *said] if said and said[-1] in engine.stop_tokens else [*ids, *said, end_of_turn]
-        samples.append(engine.stats | {"prompt": line})
+        samples += [engine.stats | {"prompt": line}] if said else []
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -688,7 +679,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", nargs="?", const="", metavar="HEAD",
         help="keep what the judge head finds correct (default HEAD: judge.safetensors beside the target or above it)")
     add("--threshold", type=float, metavar="δ", help="score a token must exceed, 0..1 (default: the head's own; 1: lossless)")
-    add("--speculate_k", type=int, default=16, metavar="K", help="tokens drafted a round (default: %(default)s)")
+    add("--speculate_k", type=int, default=SPECULATE_K, metavar="K", help="tokens drafted a round (default: %(default)s)")
     add = parser.add_argument_group("prompt").add_argument
     add("--prompt", help="one user turn in the chat format, where the tokenizer has it")
     add("--system", metavar="TEXT", help="a system turn before it")
@@ -711,14 +702,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the command line; ValueError and FileNotFoundError are a user's mistakes."""
+    """Run the command line; ValueError and OSError are a user's mistakes."""
     setup = prepare(args)
-    prompt = args.prompt or (DEMO_PROMPT if args.checkpoint_path is None else DEFAULT_PROMPT)
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    if setup.device.type == "cuda":
+        torch.cuda.set_device(setup.device)  # Triton launches and events go to the current device
+    prompt = args.prompt if args.prompt is not None else DEMO_PROMPT if args.checkpoint_path is None else DEFAULT_PROMPT
     ids = encode_prompt(setup.tokenizer, prompt, raw=args.raw, system=args.system)
     if args.interactive:
         max_seq_length = min(setup.context, 8192)
     else:
-        check_length(len(ids), args.max_new_tokens, setup.context)
+        args.max_new_tokens = check_length(len(ids), args.max_new_tokens, setup.context)
         max_seq_length = min(setup.context, -(-(len(ids) + args.max_new_tokens) // 128) * 128)  # few lengths: few compilations
     engine = load_engine(setup, args, max_seq_length)
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
@@ -731,9 +725,11 @@ def main(args: argparse.Namespace) -> None:
             print(f"{prompt}\n", flush=True)
             samples = [answer(engine, ids, args, seed=args.seed + i) | {"prompt": prompt} for i in range(args.num_samples)]
     if args.profile:
-        profiler.export_chrome_trace(args.profile)
+        with written_aside(args.profile) as file:
+            profiler.export_chrome_trace(str(file))
     if args.json:
-        write_aside(args.json, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+        with written_aside(args.json) as file:
+            file.write_text(json.dumps(samples, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shown = samples
     if compares(args):
         others = [answer(engine, ids, args, seed=args.seed, rule=rule, show=False) for rule in ("none", "exact")]
@@ -745,6 +741,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)

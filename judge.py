@@ -35,6 +35,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +75,17 @@ class Decision(NamedTuple):
     source: Tensor  # int8 [K], whatever the cut: 0 rejected, 1 exact, 2 judge only
     score: Tensor  # float32 [K]: sigmoid(w . hidden[1:] + b), zeros without a head
     status: Tensor  # int32 []: 1 if a row of logits 0..a, on which a and next rest, has NaN, +inf or only -inf
+
+
+@contextmanager
+def written_aside(path: str | os.PathLike) -> Iterator[Path]:
+    """A place beside `path` to write a file to, renamed afterwards: a killed run leaves the old file or the new one."""
+    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class JudgeHead(nn.Module):
@@ -120,14 +133,8 @@ class JudgeHead(nn.Module):
             raise ValueError(f"{error} (in {path})") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write beside `path` and rename it there, so that a killed run leaves the old file or the new one."""
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with written_aside(path) as aside:
             aside.write_bytes(safetensors_bytes({"weight": self.weight, "bias": self.bias}, metadata=self.metadata))
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
 
     def check(self, hidden_size: int) -> None:
         """ValueError unless the head was trained on hidden states of this size."""
@@ -186,7 +193,7 @@ def accept(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: JudgeH
         return _accept_torch(hidden, logits, draft_tokens, head, threshold, stop_tokens, temperature, top_k, *sampling)
     if impl != "triton":
         raise _error("impl", repr(impl), "'torch' or 'triton'", "pass one of them")
-    _check_triton(hidden, logits, draft_probs, K)
+    _check_triton(hidden, logits, draft_probs, draft_tokens, uniforms, exponentials)
     stats = row_stats(hidden, logits, draft_tokens, head=head, temperature=temperature, top_k=top_k)
     decision, cut_row = decide(stats, draft_tokens, head=head, threshold=threshold, stop_tokens=stop_tokens,
                                temperature=temperature, draft_probs=draft_probs, uniforms=uniforms)
@@ -229,17 +236,22 @@ def _accept_torch(hidden, logits, draft_tokens, head, threshold, stop_tokens, te
     return Decision(a, next_token, source, score, status)
 
 
-def _check_triton(hidden: Tensor, logits: Tensor, draft_probs: Tensor | None, K: int) -> None:
+def _check_triton(hidden: Tensor, logits: Tensor, draft_probs: Tensor | None, draft_tokens: Tensor, uniforms: Tensor | None,
+                  exponentials: Tensor | None) -> None:
     """ValueError for what the kernel cannot take; it looks at no values."""
     if triton is None or not (logits.is_cuda or INTERPRETED):
         got = "no triton package" if triton is None else f"tensors on {logits.device}"
         raise _error("impl='triton'", got, "triton and a GPU", "use impl='torch' (to test: TRITON_INTERPRET=1 before the import)")
-    if K > MAX_K or logits.shape[1] >= 1 << 24:
+    if (K := len(draft_tokens)) > MAX_K or logits.shape[1] >= 1 << 24:
         raise _error("impl='triton'", (K, logits.shape[1]), f"K <= {MAX_K} and V < 2^24", "use impl='torch'")
     for name, tensor in (("hidden", hidden), ("logits", logits), ("draft_probs", draft_probs)):
         if tensor is not None and (tensor.stride(-1) != 1 or tensor.dtype not in KEY_BITS):
             raise _error(name, f"{tensor.dtype} with strides {tensor.stride()}", "bf16, fp16 or fp32 in contiguous rows",
                          f"pass {name}.contiguous(), or use impl='torch' for other dtypes")
+    for name, tensor, dtype in (("draft_tokens", draft_tokens, torch.int64), ("uniforms", uniforms, torch.float32),
+                                ("exponentials", exponentials, torch.float32)):
+        if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
+            raise _error(name, f"{tensor.dtype} with strides {tensor.stride()}", f"{dtype}, contiguous", "convert it")
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

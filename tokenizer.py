@@ -1,11 +1,11 @@
 """Text to token ids and back: tiktoken BPE and sentencepiece behind one face, with Llama 3.1's chat format.
 
-A file is what its content says, not its name: lines of `base64 rank` are tiktoken BPE, JSON is a byte-level
-`tokenizer.json`, a protobuf is sentencepiece. A `tokenizer.json` is rebuilt for tiktoken, sparing a second
-BPE: its ids are exactly those of Hugging Face's tokenizers (`rank_tokens` says why), or it is refused.
+A file is what its content says, not its name: lines of `base64 rank` are tiktoken BPE, JSON is a byte-level `tokenizer.json`, a
+protobuf is sentencepiece. A `tokenizer.json` is rebuilt for tiktoken, sparing a second BPE: its ids are exactly those of
+Hugging Face's tokenizers (`rank_tokens` says why), or it is refused.
 
-Text is data: what spells a special token stays text, in chat turns always, else unless `allow_special=True`.
-All added tokens of a `tokenizer.json` count as special, and each matches just its own spelling.
+Text is data: what spells a special token stays text, in chat turns always, else unless `allow_special=True`. All added tokens
+of a `tokenizer.json` count as special, and each matches just its own spelling.
 
     tokenizer = Tokenizer.from_checkpoint("Llama-3.1-8B-Instruct")
     decoder = tokenizer.stream()
@@ -14,16 +14,14 @@ All added tokens of a `tokenizer.json` count as special, and each matches just i
         print(decoder.push(block.tokens), end="")  # never half a character, however the ids are cut
     print(decoder.flush())
 
-Sources: Meta's llama-models (split regex, rank file, limit on runs), Llama 3.1 on Hugging Face (names of
-special tokens), GPT-2 (byte alphabet). No other pre-tokenizer, no normalizer, no tool or image turns, no date
-header.
+Sources: Meta's llama-models (split regex, rank file, limit on runs), Llama 3.1 on Hugging Face (names of special tokens), GPT-2
+(byte alphabet). No other pre-tokenizer, no normalizer, no tool or image turns, no date header.
 """
 
 from __future__ import annotations
 
 import base64
 import codecs
-import hashlib
 import json
 import math
 import re
@@ -43,8 +41,8 @@ LLAMA3_SPECIAL_TOKENS = (  # in the order of their ids, which follow the last ra
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
 CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHAT_ROLES = ("system", "user", "assistant")
-# tiktoken 0.14 panics on a run of 1,000,000 spaces; older ones take a run of letters in quadratic time. Runs
-# are cut at this length, as Meta's tokenizer cuts them; text without so long a run is never cut.
+# tiktoken 0.14 panics on a run of 1,000,000 spaces; older ones take a run of letters in quadratic time. Runs are cut at this
+# length, as Meta's tokenizer cuts them; text without so long a run is never cut.
 MAX_RUN_CHARS = 25_000
 RUNS = re.compile(r"[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+")  # only for Python are those four characters whitespace
 
@@ -119,14 +117,13 @@ def rank_tokens(
 ) -> list[bytes]:
     """The tokens in an order which, taken as ranks, makes tiktoken cut any text as the merges do.
 
-    Merges rank pairs; tiktoken ranks tokens, joins any two neighbours that spell one, and takes a whole word
-    that is one (as `ignore_merges` does). Rank each token by the last merge on its own way from bytes to
-    itself. What is merged inside a span does not depend on its surroundings; so, as long as both have gone
-    alike, neighbours that spell a token are the last two parts on its way, and both join such pairs in the
-    same order.
+    Merges rank pairs; tiktoken ranks tokens, joins any two neighbours that spell one, and takes a whole word that is one (as
+    `ignore_merges` does). Rank each token by the last merge on its own way from bytes to itself. What is merged inside a span
+    does not depend on its surroundings; so, as long as both have gone alike, neighbours that spell a token are the last two
+    parts on its way, and both join such pairs in the same order.
 
-    A token that the merges do not make of its own bytes never occurs and is left out, or with `ignore_merges`
-    stays, as a whole word only. If its bytes end in just two parts, tiktoken would join them: a ValueError.
+    A token that the merges do not make of its own bytes never occurs and is left out, or with `ignore_merges` stays, as a whole
+    word only. If its bytes end in just two parts, tiktoken would join them: a ValueError.
     """
     pair_ranks = {pair: rank for rank, pair in enumerate(merges)}
     last_merge: dict[bytes, float] = {}
@@ -253,9 +250,9 @@ class StreamDecoder:
 class Tokenizer:
     """Text to ids and back; ids are 0 to `vocab_size` - 1, special tokens included.
 
-    pieces: the bytes of each id that is not special; an id in a gap is no token, and decodes to nothing.
-    encode_text: ids of plain text, no special tokens among them.
-    adds_space: it puts a space before the text (sentencepiece's dummy prefix), which decoding drops.
+    pieces: the bytes of each id that is not special; an id in a gap is no token, and decodes to nothing. encode_text: ids of
+    plain text, no special tokens among them. adds_space: it puts a space before the text (sentencepiece's dummy prefix), which
+    decoding drops.
     """
 
     def __init__(self, pieces: dict[int, bytes], special_tokens: dict[str, int],
@@ -282,12 +279,10 @@ class Tokenizer:
                                 "Copy the checkpoint's tokenizer there.")
 
     @cached_property
-    def fingerprint(self) -> str:
-        """A hex digest, equal if and only if each id is the same bytes and is as special or not."""
-        digest, special_ids = hashlib.sha256(), set(self.special_tokens.values())
-        for i, piece in sorted(self._pieces.items()):
-            digest.update(b"%d %d %d " % (i, i in special_ids, len(piece)) + piece)
-        return digest.hexdigest()
+    def fingerprint(self) -> tuple:
+        """Equal if and only if each id is the same bytes and is as special or not."""
+        special = set(self.special_tokens.values())
+        return tuple((i, i in special, piece) for i, piece in sorted(self._pieces.items()))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, at times half a character. ValueError for an id outside the vocabulary."""
@@ -299,8 +294,8 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of `text`, after BOS if asked for (and if there is one).
 
-        With `allow_special` the name of a special token becomes that token: not for text of strangers. A lone
-        surrogate, which UTF-8 can not spell, becomes U+FFFD.
+        With `allow_special` the name of a special token becomes that token: not for text of strangers. A lone surrogate, which
+        UTF-8 can not spell, becomes U+FFFD.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = [self.bos_id] if bos and self.bos_id is not None else []

@@ -28,7 +28,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -39,8 +38,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from generate import DTYPES, check_writable, encode_prompt, pick_device, pick_dtype, write_aside
-from judge import FEATURE, JudgeHead
+from generate import DTYPES, check_writable, encode_prompt, pick_device, pick_dtype
+from judge import FEATURE, JudgeHead, written_aside
 from model import Checkpoint, ModelConfig, SafetensorsFile, Transformer
 from tokenizer import Tokenizer
 
@@ -147,8 +146,8 @@ def load_features(answers: list[Answer], path: Path, *, cache: Path, device: tor
         if not file.is_file():
             model = model or Transformer.from_checkpoint(path, device=device, dtype=dtype)
             hidden, rejected = hidden_states(model, shard)
-            save_file({"hidden": hidden, "rejected": rejected}, aside := file.with_suffix(f".{os.getpid()}.tmp"))
-            os.replace(aside, file)
+            with written_aside(file) as aside:
+                save_file({"hidden": hidden, "rejected": rejected}, aside)
         labelled = torch.tensor([label != LEFT_OUT for answer in shard for label in answer.labels])
         parts.append([SafetensorsFile(file).read(name)[labelled] for name in ("hidden", "rejected")])
     return list(map(torch.cat, zip(*parts)))
@@ -219,8 +218,8 @@ def plot(path: Path, curves: dict[str, dict], threshold: float) -> None:
         axes.axvline(threshold, color="black", linestyle=":", label=f"chosen: {threshold:g}")
         axes.set(title=POPULATIONS[name], xlabel="threshold", ylabel="share kept", xlim=(0, 1), ylim=(-0.01, 1.02))
         axes.legend()
-    figure.savefig(aside := path.with_name(f".{path.name}.{os.getpid()}.tmp"), format="png", dpi=150)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=150)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -287,7 +286,8 @@ def main(args: argparse.Namespace) -> None:
     JudgeHead(weight, bias, metadata).save(output)
     report = vars(args) | metadata | {"threshold": threshold, "epoch": epoch, "validation_loss": loss, **curves}
     if args.json:
-        write_aside(args.json, json.dumps(report) + "\n")
+        with written_aside(args.json) as aside:
+            aside.write_text(json.dumps(report) + "\n")
     print(f"{data}\nvalidation loss {loss:.4f} after epoch {epoch}\n{table(curves, threshold)}")
     print(f"wrote {output} (threshold {threshold:g}) and {picture}")
 

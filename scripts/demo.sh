@@ -2,7 +2,7 @@
 # Run the bundled pair: make .venv, install requirements.txt, then `python generate.py --judge` with your arguments.
 #
 #   scripts/demo.sh
-#   scripts/demo.sh --prompt "Tom has 3 apples and buys 4 more. How many has he?" --speculate_k 8
+#   scripts/demo.sh --prompt "Kim has two figs. First, Kim buys five figs. Second, Kim doubles the figs. How many figs does Kim have?"
 #   PYTHON=python3.12 scripts/demo.sh          # another interpreter, from 3.10 to 3.13
 #
 # A second run installs nothing. pip's own settings (pip.conf, PIP_* variables) say where packages come from.

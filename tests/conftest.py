@@ -64,7 +64,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def full_float32() -> None:
-    """TF32 off for every test, also after one that ran a `main` which turned it on."""
+    """TF32 off for every test, whatever ran before it."""
     torch.set_float32_matmul_precision("highest")
 
 

@@ -218,14 +218,15 @@ def test_chat_keeps_its_cache_and_says_the_same():
     history = [*PROMPT, *run(engine, n=20)]
     read = []
     hooks = [m.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1])) for m in (target, draft)]
-    second = run(engine, prompt=[*history, 3, 4], n=1)
+    second = run(engine, prompt=[*history, 3, 4], n=1, keep_cache=True)
     for hook in hooks:
         hook.remove()
     assert sum(read) <= 2 * 4  # the two new tokens and at most two old ones, in each model
     assert second == greedy(target, [*history, 3, 4], 1)
-    assert run(engine, prompt=[*history[:9], 8, 8], n=20) == greedy(target, [*history[:9], 8, 8], 20)  # an edited turn
-    run(engine, prompt=[*history, 5], n=8, rule="none")
-    assert run(engine, prompt=[*history, 5, 6], n=12) == greedy(target, [*history, 5, 6], 12)
+    edited = [*history[:9], 8, 8]
+    assert run(engine, prompt=edited, n=20, keep_cache=True) == greedy(target, edited, 20)
+    run(engine, prompt=[*history, 5], n=8, rule="none", keep_cache=True)
+    assert run(engine, prompt=[*history, 5, 6], n=12, keep_cache=True) == greedy(target, [*history, 5, 6], 12)
 
 
 def test_consumer_that_stops_early_leaves_a_usable_engine():
@@ -268,26 +269,46 @@ def pair_distribution(target: Transformer, temperature: float, top_k: int | None
     return joint
 
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.6, 3)])
-@torch.no_grad()
-def test_sampled_speculation_has_the_targets_distribution(temperature, top_k):
+def sampled_p_value(engine: Engine, temperature: float, top_k: int | None) -> float:
+    """Chi-square of the second and third new token of many answers against the target's own distribution."""
     from scipy.stats import chisquare
 
-    target = random_model(4, vocab_size=VOCABULARY, num_layers=1, spread=0.35)
-    draft = random_model(5, vocab_size=VOCABULARY, num_layers=1, spread=0.35)
-    engine = Engine(target, draft, speculate_k=2, stop_tokens=(), max_seq_length=16)
     counts = torch.zeros(VOCABULARY, VOCABULARY)
     for seed in range(SAMPLES):
         _, b, c = run(engine, prompt=[1, 2], n=3, temperature=temperature, top_k=top_k, seed=seed)
         counts[b, c] += 1
-    expected = pair_distribution(target, temperature, top_k) * SAMPLES
+    expected = pair_distribution(engine.target, temperature, top_k) * SAMPLES
     assert counts[expected == 0].sum() == 0  # what top-k excludes never comes
     kept = expected >= 5
     observed = torch.cat((counts[kept], counts[~kept].sum()[None])).double()
     wanted = torch.cat((expected[kept], expected[~kept].sum()[None]))
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    p_value = chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue
-    assert p_value > 0.001, p_value
+    return chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue
+
+
+def sampling_pair() -> tuple[Transformer, Transformer]:
+    return tuple(random_model(seed, vocab_size=VOCABULARY, num_layers=1, spread=0.35) for seed in (4, 5))
+
+
+class IgnoresQ(Engine):
+    """Takes the draft for a uniform one. (A one-hot q in its place would be lossless too, only wasteful.)"""
+
+    def _decide(self, hidden, logits, drafted, *, draft_probs, sampling):
+        draft_probs = torch.full_like(draft_probs, 1 / draft_probs.shape[-1])
+        return super()._decide(hidden, logits, drafted, draft_probs=draft_probs, sampling=sampling)
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.6, 3)])
+@torch.no_grad()
+def test_sampled_speculation_has_the_targets_distribution(temperature, top_k):
+    engine = Engine(*sampling_pair(), speculate_k=2, stop_tokens=(), max_seq_length=16)
+    assert sampled_p_value(engine, temperature, top_k) > 0.001
+
+
+@torch.no_grad()
+def test_the_chi_square_is_strong_enough_to_see_q_ignored():
+    engine = IgnoresQ(*sampling_pair(), speculate_k=2, stop_tokens=(), max_seq_length=16)
+    assert sampled_p_value(engine, 1.0, None) < 1e-6
 
 
 def test_seeds_repeat_and_differ():
