@@ -2,7 +2,7 @@
 
 The paper's setting in small, with a ground truth. A problem is a short story of quantities that change; a solution works
 through it event by event, and nearly every phrase, number order and operation in it may be written in several right ways.
-The target prefers some wordings (about 60 to 40), the draft others, and the draft is too small to be right always. So exact
+The target prefers some wordings (about 70 to 30), the draft others, and the draft is too small to be right always. So exact
 verification rejects much that is right, while a grammar that knows every right wording says where the first mistake is.
 
     python scripts/demo_pair.py data                  # tokenizer and training texts
@@ -18,6 +18,7 @@ float32; the result is rounded to bfloat16 and written as a Hugging Face directo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -43,15 +44,15 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generate import Engine, check_writable, setup_compiler, write_aside  # noqa: E402
-from judge import JudgeHead  # noqa: E402
+from generate import DTYPES, Engine, can_compile, check_writable, pick_dtype, setup_compiler  # noqa: E402
+from judge import JudgeHead, written_aside  # noqa: E402
 from model import STACKED, ModelConfig, RopeScaling, Transformer, checkpoint_names  # noqa: E402
 from tokenizer import LLAMA3_SPECIAL_TOKENS, LLAMA3_SPLIT, Tokenizer  # noqa: E402
 
 TRAIN_SEED, HEAD_SEED, VALIDATION_SEED = 0, 1_000_000, 2_000_000  # streams of problems; evaluate takes any other
-TRAIN_PROBLEMS, HEAD_PROBLEMS, VALIDATION_PROBLEMS = 60_000, 1_000, 500
+TRAIN_PROBLEMS, HEAD_PROBLEMS, VALIDATION_PROBLEMS = 60_000, 2_000, 500
 MISTAKES_PER_TEXT = 2
-MAX_NEW_TOKENS, MAX_SEQ_LENGTH = 256, 384
+MAX_NEW_TOKENS, MAX_SEQ_LENGTH = 160, 256
 RULES = ("draft", "target", "exact", "judge", "oracle", "token_identity")
 MAX_TRAIN_TOKENS = 224
 BPE_ENTRIES = 608
@@ -60,6 +61,9 @@ NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ian", "Jo",
          "Quin", "Rosa", "Sam", "Tara", "Uma", "Vera", "Walt", "Yara")
 ITEMS = ("apples", "beads", "cards", "coins", "eggs", "figs", "keys", "kites", "nuts", "pears", "pens", "plums", "rings",
          "shells", "stamps", "stones", "bricks", "candles", "lemons", "marbles", "melons", "pencils", "ribbons", "tickets")
+VERBS = {"gain": ("finds", "buys", "wins"), "lose": ("loses", "sells", "drops")}
+# What the draft's training leaves out: gaps in its knowledge make it err in words (direction, item) as its size does in numbers.
+UNKNOWN = ("drops", *ITEMS[-4:])
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
            "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
 MAX_VALUE = len(NUMBERS) - 1
@@ -73,10 +77,16 @@ MODELS = {
     "draft": ModelConfig(vocab_size=864, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=8, num_kv_heads=4,
                          head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=2048, tie_word_embeddings=True, **ROPE),
 }
-# What each training file holds. The target practises harder problems than those it is asked later.
-KINDS = {"practice": {"everyone": True}, "target": {"gifts": True}, "draft": {}}
-RECIPES = {"target": {"practice_steps": 490, "steps": 940, "batch": 32, "learning_rate": 4e-3},
-           "draft": {"practice_steps": 0, "steps": 230, "batch": 32, "learning_rate": 6e-3}}
+# What each training file holds. The target practises harder problems than those it is asked later. A share of the words in
+# its later texts is preceded by a slip of the pen ("two go - no, leave Jo"), as in people's texts: so it learns to notice
+# mistakes, and what it notices a judge can read. Slips themselves are not learnt.
+KINDS = {"practice": {"everyone": True}, "gifts": {"gifts": True}, "target": {}, "draft": {"familiar": True}}
+SLIP_SHARE = 0.1
+BATCH = 32
+RECIPES = {  # stages: texts, steps, peak learning rate
+    "target": (("practice", 490, 4e-3), ("gifts", 450, 4e-3), ("target", 660, 3e-3)),
+    "draft": (("draft", 222, 6e-3),),
+}
 # A writer picks among n right wordings with these weights. The grammar lists the target's favourite first and the draft's
 # second: each writer knows every wording and merely prefers its own.
 WEIGHTS = {
@@ -97,6 +107,8 @@ CHAT_TEMPLATE = (
 class Alt(tuple):
     """A choice between right wordings; each option is a literal, a sequence (list) or another choice."""
 
+    agreed = False  # whether both writers prefer the first option
+
     def __new__(cls, *options):
         return super().__new__(cls, options)
 
@@ -104,12 +116,19 @@ class Alt(tuple):
         return tuple(self)
 
 
+class Agreed(Alt):
+    """A choice in which the draft's taste is the target's."""
+
+    agreed = True
+
+
 def write(node, rng: random.Random, writer: str) -> str:
     """One text of the grammar, worded as `writer` prefers."""
     if isinstance(node, str):
         return node
     if isinstance(node, Alt):
-        return write(rng.choices(node, WEIGHTS[writer][len(node)])[0], rng, writer)
+        weights = WEIGHTS["target" if node.agreed and writer == "draft" else writer][len(node)]
+        return write(rng.choices(node, weights)[0], rng, writer)
     return "".join(write(part, rng, writer) for part in node)
 
 
@@ -156,25 +175,28 @@ class Problem:
 
 def addition(a: int, b: int) -> list:
     x, y = NUMBERS[a], NUMBERS[b]
-    return [Alt(f"{x} plus {y}", f"{y} plus {x}"), Alt(" makes ", " is "), NUMBERS[a + b]]
+    return [Alt(f"{x} plus {y}", f"{y} plus {x}"), Agreed(" makes ", " is "), NUMBERS[a + b]]
 
 
 def subtraction(a: int, b: int) -> list:
     x, y = NUMBERS[a], NUMBERS[b]
-    return [Alt(f"{x} minus {y}", f"{y} from {x}"), Alt(" makes ", " is "), NUMBERS[a - b]]
+    return [Alt(f"{x} minus {y}", f"{y} from {x}"), Agreed(" makes ", " is "), NUMBERS[a - b]]
 
 
 def doubling(a: int) -> list:
     x = NUMBERS[a]
-    return [Alt(f"{x} plus {x}", f"two times {x}", f"{x} times two"), Alt(" makes ", " is "), NUMBERS[2 * a]]
+    return [Alt(f"{x} plus {x}", f"two times {x}", f"{x} times two"), Agreed(" makes ", " is "), NUMBERS[2 * a]]
 
 
-def make_problem(rng: random.Random, *, everyone: bool = False, gifts: bool = False) -> Problem:
+def make_problem(rng: random.Random, *, everyone: bool = False, gifts: bool = False, familiar: bool = False) -> Problem:
     """Someone has a number of one thing, three or four events change it, and the question is how many there are in the end.
 
     Two harder kinds are only practised by the target: `gifts` from and to others, and the numbers of `everyone` involved.
+    An easier one is all that the draft was taught: the verbs and items `familiar` to it.
     """
-    thing, people = rng.choice(ITEMS), rng.sample(NAMES, rng.choice((2, 2, 3)))
+    known = [word for word in (*ITEMS, *VERBS["gain"], *VERBS["lose"]) if not (familiar and word in UNKNOWN)]
+    verbs = {kind: [verb for verb in names if verb in known] for kind, names in VERBS.items()}
+    thing, people = rng.choice([item for item in ITEMS if item in known]), rng.sample(NAMES, rng.choice((2, 2, 3)))
     has = {name: rng.randint(2, 9) for name in (people if everyone else people[:1])}
     story = [f"{name} has {NUMBERS[has[name]]} {thing}." for name in has]
     solution: list = []
@@ -193,11 +215,11 @@ def make_problem(rng: random.Random, *, everyone: bool = False, gifts: bool = Fa
         n = rng.randint(1, min(9, {"gain": MAX_VALUE - a, "lose": a - 1, "give": min(a - 1, MAX_VALUE - b), "double": 1}[kind]))
         number = NUMBERS[n]
         if kind == "gain":
-            story.append(f"{ORDINALS[step]}, {x} {rng.choice(('finds', 'buys', 'wins'))} {number} {thing}.")
+            story.append(f"{ORDINALS[step]}, {x} {rng.choice(verbs[kind])} {number} {thing}.")
             event = Alt([x, Alt(" gets ", " gains "), number], [number, Alt(" come to ", " go to "), x])
             effects = [(x, addition(a, n), a + n)]
         elif kind == "lose":
-            story.append(f"{ORDINALS[step]}, {x} {rng.choice(('loses', 'sells', 'drops'))} {number} {thing}.")
+            story.append(f"{ORDINALS[step]}, {x} {rng.choice(verbs[kind])} {number} {thing}.")
             event = Alt([x, Alt(" parts with ", " is rid of "), number], [number, Alt(" leave ", " part from "), x])
             effects = [(x, subtraction(a, n), a - n)]
         elif kind == "give":
@@ -209,7 +231,7 @@ def make_problem(rng: random.Random, *, everyone: bool = False, gifts: bool = Fa
             story.append(f"{ORDINALS[step]}, {x} doubles the {thing}.")
             event = Alt([x, Alt(" doubles the ", " makes twice the "), thing], ["the ", thing, Alt(" of ", " with "), x, " double"])
             effects = [(x, doubling(a), 2 * a)]
-        clauses = [[calculation, " so ", name, Alt(" has ", " holds "), NUMBERS[value]] for name, calculation, value in effects
+        clauses = [[calculation, " so ", name, Agreed(" has ", " holds "), NUMBERS[value]] for name, calculation, value in effects
                    if name in has]
         body = clauses[0]
         if len(clauses) == 2:
@@ -228,6 +250,22 @@ def make_problem(rng: random.Random, *, everyone: bool = False, gifts: bool = Fa
 
 
 # ---- data
+
+WORD_CLASSES = (NUMBERS, NAMES, ITEMS, ("plus", "minus"), ("gets", "gains", "parts", "doubles"), ("come", "go", "leave", "part"))
+
+
+def with_slips(problem: Problem, solution: str, rng: random.Random) -> list[tuple[str, bool]]:
+    """A right text with wrong words in it, each put right at once, in pieces: (text, whether it is no slip)."""
+    pieces, done = [], 0
+    for word in re.finditer(r" [A-Za-z]+", solution):
+        wrong = [" " + other for group in WORD_CLASSES if word[0][1:] in group for other in group]
+        if wrong and rng.random() < SLIP_SHARE:
+            before, slip = solution[:word.start()], rng.choice(wrong)
+            if problem.first_mistake(before + slip) < len(before + slip):
+                pieces += [(solution[done:word.start()], True), (slip, False), (" - no,", True)]
+                done = word.start()
+    return [*pieces, (solution[done:], True)]
+
 
 def problem_at(seed: int, index: int, **kind: bool) -> Problem:
     """Problem `index` of stream `seed` (kind: see make_problem); streams of different seeds are independent."""
@@ -281,18 +319,29 @@ def run_data(args: argparse.Namespace) -> None:
     for name, kind in KINDS.items():
         writer = "draft" if name == "draft" else "target"
         tokens = torch.full((TRAIN_PROBLEMS, MAX_TRAIN_TOKENS), -1, dtype=torch.int16)
-        starts = torch.zeros(TRAIN_PROBLEMS, dtype=torch.int16)
+        learn = torch.zeros(TRAIN_PROBLEMS, MAX_TRAIN_TOKENS, dtype=torch.bool)  # answers, but neither questions nor slips
         for index in tqdm(range(TRAIN_PROBLEMS), desc=f"{name} texts", unit=" problems"):
             problem = problem_at(TRAIN_SEED, index, **kind)
-            solution = write(problem.solution, random.Random(f"{writer}:{index}"), writer)
-            prompt = [begin, *turn["user"], *bpe.encode(problem.prompt).ids, eot, *turn["assistant"]]
-            row = [*prompt, *bpe.encode(solution).ids, eot]
+            rng = random.Random(f"{writer}:{index}")
+            solution = write(problem.solution, rng, writer)
+            pieces = with_slips(problem, solution, rng) if name == "target" else [(solution, True)]
+            row = [begin, *turn["user"], *bpe.encode(problem.prompt).ids, eot, *turn["assistant"]]
+            for text, learnt in pieces:
+                ids = bpe.encode(text).ids
+                learn[index, len(row):len(row) + len(ids)] = learnt
+                row += ids
+            learn[index, len(row)] = True
+            row.append(eot)
             tokens[index, :len(row)] = torch.tensor(row)
-            starts[index] = len(prompt)
-        save_file({"tokens": tokens, "starts": starts}, args.work / f"{name}.safetensors")
+        save_file({"tokens": tokens, "learn": learn}, args.work / f"{name}.safetensors")
     lengths = (tokens >= 0).sum(1).float()
     print(f"{bpe.get_vocab_size()} tokens in the vocabulary; sequences of {lengths.mean():.0f} tokens on average, "
-          f"{lengths.max():.0f} at most, of which {starts.float().mean():.0f} are prompt")
+          f"{lengths.max():.0f} at most, of which {learn.sum(1).float().mean():.0f} are learnt")
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(text)
 
 
 # ---- training
@@ -312,8 +361,9 @@ def orthogonalize(gradient: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Trainer:
     """Model, optimiser state and step of one training run, saved and resumed as a whole."""
 
-    def __init__(self, config: ModelConfig, seed: int, device: str):
+    def __init__(self, config: ModelConfig, recipe: str, device: str, *, seed: int = 0):
         torch.manual_seed(seed)
+        self.recipe = recipe
         self.model = Transformer(config).to(device)
         for name, p in self.model.named_parameters():
             if p.dim() == 2:
@@ -348,11 +398,13 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         tensors = {f"p.{name}": p.data for name, p in self.model.named_parameters()} | self.state
-        save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(self.step)})
-        os.replace(path.with_suffix(".tmp"), path)
+        with written_aside(path) as aside:
+            save_file(tensors, aside, metadata={"step": str(self.step), "recipe": self.recipe})
 
     def resume(self, path: Path) -> None:
         with safe_open(path, "pt", device=str(self.model.device)) as file:
+            if file.metadata().get("recipe") != self.recipe:
+                raise ValueError(f"{path}: got the state of another recipe, expected {self.recipe}; remove it to start anew")
             self.step = int(file.metadata()["step"])
             for name, p in self.model.named_parameters():
                 p.data.copy_(file.get_tensor(f"p.{name}"))
@@ -361,9 +413,8 @@ class Trainer:
 
 def run_train(args: argparse.Namespace) -> None:
     """Train one of the two models on its writer's texts and export it to --output."""
-    recipe = RECIPES[args.model]
-    steps, batch = args.steps or recipe["steps"], recipe["batch"]
-    trainer = Trainer(MODELS[args.model], seed=0, device=args.device)
+    plan = [(name, i, count, peak) for name, count, peak in RECIPES[args.model] for i in range(count)]  # one entry a step
+    trainer = Trainer(MODELS[args.model], repr(RECIPES[args.model]), args.device)
     state = args.work / f"{args.model}-state.safetensors"
     if state.exists():
         trainer.resume(state)
@@ -371,33 +422,31 @@ def run_train(args: argparse.Namespace) -> None:
     order = torch.randperm(TRAIN_PROBLEMS, generator=torch.Generator().manual_seed(1))
     stage = None
     saved = time.monotonic()
-    bar = tqdm(total=steps, initial=trainer.step, desc=f"train {args.model}", unit=" steps", mininterval=5)
-    while trainer.step < steps:
-        name = "practice" if trainer.step < recipe["practice_steps"] else args.model
+    bar = tqdm(total=len(plan), initial=trainer.step, desc=f"train {args.model}", unit=" steps", mininterval=5)
+    while trainer.step < len(plan):
+        name, i, count, peak = plan[trainer.step]
         if stage != name:
             with safe_open(args.work / f"{name}.safetensors", "pt") as file:
-                stage, tokens, starts = name, file.get_tensor("tokens"), file.get_tensor("starts").long()
+                stage, tokens, learn = name, file.get_tensor("tokens"), file.get_tensor("learn")
             lengths = (tokens >= 0).sum(1)
         # Neighbours of similar length share a batch, so that little is computed for padding.
-        first = trainer.step // 16 * 16 * batch
-        pool = order[torch.arange(first, first + 16 * batch) % len(order)]
-        pool = pool[lengths[pool].argsort()].view(16, batch)
+        first = trainer.step // 16 * 16 * BATCH
+        pool = order[torch.arange(first, first + 16 * BATCH) % len(order)]
+        pool = pool[lengths[pool].argsort()].view(16, BATCH)
         shuffle = torch.randperm(16, generator=torch.Generator().manual_seed(first))
         rows = pool[shuffle[trainer.step % 16]]
         width = int(lengths[rows].max())
         x = tokens[rows, :width].long().to(args.device)
-        at = torch.arange(1, width)
-        answer = ((at >= starts[rows, None]) & (at < lengths[rows, None])).to(args.device)  # learn the answers, not the questions
+        answer = learn[rows, 1:width].to(args.device)
         hidden = forward(x[:, :-1].clamp(min=0))
         loss = F.cross_entropy(trainer.model.logits(hidden[answer]), x[:, 1:][answer])
         loss.backward()
-        progress = trainer.step / steps
-        trainer.update(recipe["learning_rate"] * min(1.0, (trainer.step + 1) / 30, 1.15 * (1 - progress) + 0.01))
+        trainer.update(peak * min(1.0, (i + 1) / 30, 1.15 * (1 - i / count) + 0.01))
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if trainer.step % 50 == 0:
             tqdm.write(f"{args.model} step {trainer.step} loss {loss.item():.4f}")
-        if time.monotonic() - saved > 120 or trainer.step == steps:
+        if time.monotonic() - saved > 120 or trainer.step == len(plan):
             trainer.save(state)
             saved = time.monotonic()
     bar.close()
@@ -483,21 +532,24 @@ def run_head(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     draft = Transformer.from_checkpoint(args.output / "draft", device=args.device, dtype=torch.float32)
     tokenizer = Tokenizer.from_checkpoint(args.output / "target")
-    answers = args.work / "answers.jsonl"
+    if args.problems > HEAD_PROBLEMS:
+        raise ValueError(f"got --problems {args.problems}, expected at most {HEAD_PROBLEMS}: more are not kept from the held-out ones")
+    key = hashlib.sha256((args.output / "draft" / "model.safetensors").read_bytes() + str(args.problems).encode())
+    answers = args.work / f"answers-{key.hexdigest()[:8]}.jsonl"
     if not answers.exists():
         problems = fresh_problems(HEAD_SEED, args.problems, exclude=training_prompts())
         lines = []
         for index, problem in enumerate(tqdm(problems, desc="draft proposes", unit=" problems")):
             writer = ("draft", "any", "target")[index % 3]
             lines += [json.dumps(entry) for entry in proposals(draft, tokenizer, problem, writer, random.Random(index))]
-        write_aside(answers, "\n".join(lines) + "\n")
+        write_text(answers, "\n".join(lines) + "\n")
     entries = [json.loads(line) for line in answers.read_text().splitlines()]
     print(f"{len(entries)} answers to {args.problems} problems, {sum(bool(e['errors']) for e in entries)} of them with a mistake")
     command = [sys.executable, str(ROOT / "train_head.py"), "--checkpoint_path", str(args.output / "target"), "--data", str(answers),
                "--output", str(args.output / "judge.safetensors"), *args.rest]
     print(" ".join(command[1:]))
     subprocess.run(command, check=True)
-    write_aside(args.output / "token_identity.json", json.dumps(token_identity(entries, tokenizer)) + "\n")
+    write_text(args.output / "token_identity.json", json.dumps(token_identity(entries, tokenizer)) + "\n")
 
 
 def token_identity(entries: list[dict], tokenizer: Tokenizer) -> list[float]:
@@ -553,9 +605,10 @@ class OverruledEngine(Engine):
 class Bench:
     """The pair, loaded once, and every way to answer with it: a rule, perhaps with a threshold, perhaps with its own K."""
 
-    def __init__(self, pair: Path, *, compile: bool):
-        self.target = Transformer.from_checkpoint(pair / "target", dtype=torch.float32)
-        self.draft = Transformer.from_checkpoint(pair / "draft", dtype=torch.float32)
+    def __init__(self, pair: Path, *, dtype: torch.dtype, compile: bool, max_k: int):
+        self.target, self.draft = (Transformer.from_checkpoint(pair / name, dtype=dtype) for name in ("target", "draft"))
+        for model in (self.target, self.draft):  # once, for the largest K: an engine that made them anew would recompile the rest
+            model.setup_caches(1, MAX_SEQ_LENGTH + 2 * (max_k + 1))
         self.head = JudgeHead.load(pair / "judge.safetensors")
         self.tokenizer = Tokenizer.from_checkpoint(pair / "target")
         self.identity_scores = json.loads((pair / "token_identity.json").read_text())
@@ -601,25 +654,29 @@ class Bench:
                 "new_tokens": stats["new_tokens"], "seconds": stats["seconds"], "tokens": stats["tokens"]}
 
 
-_bench: Bench | None = None  # one per worker process
+_worker: list[Bench] = []  # one in each worker process, none elsewhere
 
 
-def _start_worker(pair: Path, compile: bool, threads: int) -> None:
-    global _bench
+def start_bench(pair: Path, ways: tuple[Way, ...], *, dtype: torch.dtype, threads: int) -> Bench:
     torch.set_num_threads(threads)
+    compile = can_compile(torch.device("cpu")) is None
     if compile:
         setup_compiler(torch.device("cpu"))
-    _bench = Bench(pair, compile=compile)
+    return Bench(pair, dtype=dtype, compile=compile, max_k=max(way.speculate_k for way in ways))
+
+
+def _start_worker(pair: Path, ways: tuple[Way, ...], dtype: torch.dtype) -> None:
+    _worker.append(start_bench(pair, ways, dtype=dtype, threads=1))
 
 
 def _answer_all(problem: Problem, ways: tuple[Way, ...]) -> list[dict]:
-    return [_bench.answer(problem, way) for way in ways]
+    return [_worker[0].answer(problem, way) for way in ways]
 
 
-def answer_problems(pair: Path, problems: list[Problem], ways: tuple[Way, ...], *, workers: int, compile: bool) -> dict[Way, list[dict]]:
+def answer_problems(pair: Path, problems: list[Problem], ways: tuple[Way, ...], *, dtype: torch.dtype, workers: int) -> dict[Way, list[dict]]:
     """Answer every problem in every way, one thread a worker; per way a list in the order of the problems."""
     context = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(pair, compile, 1)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(pair, ways, dtype)) as pool:
         results = list(tqdm(pool.map(_answer_all, problems, [ways] * len(problems), chunksize=4), total=len(problems),
                             desc=f"answer in {len(ways)} ways", unit=" problems", smoothing=0.05))
     return {way: [result[i] for result in results] for i, way in enumerate(ways)}
@@ -641,22 +698,22 @@ def paired_difference(ours: list[dict], theirs: list[dict]) -> dict:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def measure_speed(pair: Path, problems: list[Problem], ways: tuple[Way, ...], threads: int) -> dict[Way, dict]:
+def measure_speed(pair: Path, problems: list[Problem], ways: tuple[Way, ...], *, dtype: torch.dtype, threads: int) -> dict[Way, dict]:
     """Wall-clock speed of each way on the same problems, compiled, taking turns problem by problem."""
-    _start_worker(pair, True, threads)
+    bench = start_bench(pair, ways, dtype=dtype, threads=threads)
     for way in tqdm(ways, desc="compile", unit=" ways"):
         for problem in problems[:2]:
-            _bench.answer(problem, way)
+            bench.answer(problem, way)
     answers: dict[Way, list[dict]] = {way: [] for way in ways}
     for index, problem in enumerate(tqdm(problems, desc="measure speed", unit=" problems")):
         for shift in range(len(ways)):
             way = ways[(index + shift) % len(ways)]
-            answers[way].append(_bench.answer(problem, way))
+            answers[way].append(bench.answer(problem, way))
     speed = {}
     for way, runs in answers.items():
         low, median, high = statistics.quantiles((1000 * a["seconds"] / a["new_tokens"] for a in runs), n=4)
         speed[way] = {"tokens_per_second": sum(a["new_tokens"] for a in runs) / sum(a["seconds"] for a in runs),
-                      "ms_per_token": median, "ms_per_token_quartiles": [low, high]}
+                      "ms_per_token": median, "ms_per_token_quartiles": [low, high], "speed_summary": summary(runs)}
     return speed
 
 
@@ -664,23 +721,30 @@ def held_out(seed: int, count: int) -> list[Problem]:
     """Problems of a stream of its own that neither training nor the judge's data nor validation contain."""
     if seed in (TRAIN_SEED, HEAD_SEED):
         raise ValueError(f"got --seed {seed}, which training used; expected another one")
-    exclude = training_prompts() | {p.prompt for p in fresh_problems(HEAD_SEED, HEAD_PROBLEMS, exclude=set())}
+    exclude = training_prompts()
+    exclude |= {p.prompt for p in fresh_problems(HEAD_SEED, HEAD_PROBLEMS, exclude=exclude)}
     if seed != VALIDATION_SEED:
-        exclude |= {p.prompt for p in fresh_problems(VALIDATION_SEED, VALIDATION_PROBLEMS, exclude=set())}
+        exclude |= {p.prompt for p in fresh_problems(VALIDATION_SEED, VALIDATION_PROBLEMS, exclude=exclude)}
+    elif count > VALIDATION_PROBLEMS:
+        raise ValueError(f"got --problems {count}, expected at most {VALIDATION_PROBLEMS}: more are not kept from the held-out ones")
     return fresh_problems(seed, count, exclude=exclude)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Accuracy and acceptance of all rules over N problems, then speed over the first of them; prints the table."""
     check_writable(args.json)
+    if args.seed == VALIDATION_SEED:
+        raise ValueError(f"got --seed {args.seed}, on which thresholds were chosen; expected another one")
+    dtype = pick_dtype(args.dtype, MODELS["target"], torch.device("cpu"))
     problems = held_out(args.seed, args.problems)
     ways = {rule: Way(rule, args.speculate_k) for rule in RULES}
     ways["judge"] = ways["judge"]._replace(threshold=args.threshold)
     ways["token_identity"] = ways["token_identity"]._replace(threshold=args.identity_threshold)
-    timed = {rule: ways[rule] for rule in ("draft", "target", "exact", "judge")} | {"exact_best_k": Way("exact", args.exact_k)}
-    answers = answer_problems(args.output, problems, tuple(ways.values()), workers=args.workers, compile=True)
+    timed = {rule: ways[rule] for rule in ("draft", "target", "exact", "judge")}
+    timed |= {"exact_best_k": Way("exact", args.exact_k), "judge_best_k": ways["judge"]._replace(speculate_k=args.judge_k)}
+    answers = answer_problems(args.output, problems, tuple(ways.values()), dtype=dtype, workers=args.workers)
     report: dict[str, dict] = {rule: summary(answers[way]) for rule, way in ways.items()}
-    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed.values()), args.threads)
+    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed.values()), dtype=dtype, threads=args.threads)
     for rule, way in timed.items():
         report[rule] = report.get(rule, {}) | speed[way]
     judge, target = answers[ways["judge"]], answers[ways["target"]]
@@ -689,38 +753,42 @@ def run_evaluate(args: argparse.Namespace) -> None:
     report["exact_differs_from_target"] = sum(a["tokens"] != b["tokens"] for a, b in zip(answers[ways["exact"]], target))
     report["settings"] = {
         "seed": args.seed, "problems": args.problems, "speed_problems": args.speed_problems, "threads": args.threads,
-        "speculate_k": args.speculate_k, "exact_k": args.exact_k, "identity_threshold": args.identity_threshold,
-        "threshold": _bench.head.threshold if args.threshold is None else args.threshold, "cpu": cpu_name(), "torch": torch.__version__}
+        "speculate_k": args.speculate_k, "exact_k": args.exact_k, "judge_k": args.judge_k, "identity_threshold": args.identity_threshold,
+        "threshold": JudgeHead.load(args.output / "judge.safetensors").threshold if args.threshold is None else args.threshold, "dtype": str(dtype),
+        "cpu": cpu_name(), "torch": torch.__version__}
     print(f"\n{'rule':<16}{'accuracy':>9}{'accepted/round':>16}{'tokens/round':>14}{'tokens/s':>10}{'ms/token':>10}")
-    for rule in (*RULES, "exact_best_k"):
+    for rule in (*RULES, "exact_best_k", "judge_best_k"):
         cells = [f"{report[rule][key] * scale:{spec}}" if key in report[rule] else "-" for key, scale, spec in (
             ("accuracy", 100, ".1f"), ("accepted_per_round", 1, ".2f"), ("tokens_per_round", 1, ".2f"),
             ("tokens_per_second", 1, ".0f"), ("ms_per_token", 1, ".2f"))]
-        name = f"exact, K={args.exact_k}" if rule == "exact_best_k" else rule
+        name = f"{rule.split('_')[0]}, K={timed[rule].speculate_k}" if rule.endswith("best_k") else rule
         print(f"{name:<16}{cells[0]:>9}{cells[1]:>16}{cells[2]:>14}{cells[3]:>10}{cells[4]:>10}")
     for name, d in report["paired"].items():
         print(f"accuracy, {name}: {100 * d['mean']:+.2f} points [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]")
     if args.json:
-        write_aside(args.json, json.dumps(report, indent=1) + "\n")
+        write_text(args.json, json.dumps(report, indent=1) + "\n")
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     """Choose on validation problems: thresholds by acceptance and accuracy at K = 16, K by wall-clock time."""
     check_writable(args.json)
+    dtype = pick_dtype(args.dtype, MODELS["target"], torch.device("cpu"))
     problems = held_out(VALIDATION_SEED, args.problems)
     ways = [Way("draft"), Way("target"), Way("oracle"), Way("exact"), *(Way("judge", 16, t) for t in args.thresholds),
             *(Way("token_identity", 16, t) for t in args.identity_thresholds)]
-    answers = answer_problems(args.output, problems, tuple(ways), workers=args.workers, compile=False)
+    answers = answer_problems(args.output, problems, tuple(ways), dtype=dtype, workers=args.workers)
     rows = [{**way._asdict(), **summary(answers[way])} for way in ways]
     for way, row in zip(ways, rows):
         print(f"{way!s:<40} accuracy {row['accuracy']:6.1%}  accepted/round {row['accepted_per_round']:5.2f}")
+    if args.json:
+        write_text(args.json, json.dumps({"problems": args.problems, "dtype": str(dtype), "cpu": cpu_name(), "rows": rows}, indent=1) + "\n")
     timed = [Way("target"), *(Way(rule, k) for k in args.ks for rule in ("exact", "judge"))]
-    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed), args.threads)
+    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed), dtype=dtype, threads=args.threads)
     for way in timed:
         print(f"{way!s:<40} {speed[way]['ms_per_token']:.2f} ms/token")
     if args.json:
         rows += [{**way._asdict(), **speed[way]} for way in timed]
-        write_aside(args.json, json.dumps({"problems": args.problems, "cpu": cpu_name(), "rows": rows}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"problems": args.problems, "dtype": str(dtype), "cpu": cpu_name(), "rows": rows}, indent=1) + "\n")
 
 
 def cpu_name() -> str:
@@ -742,7 +810,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.set_defaults(run=run_data)
     train = commands.add_parser("train", parents=[common], help="train one model; resumes where it was stopped")
     train.add_argument("--model", choices=MODELS, required=True)
-    train.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     train.set_defaults(run=run_train)
     head = commands.add_parser("head", parents=[common], help="label the draft's proposals and train the judge head on them")
@@ -754,19 +821,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     evaluate.add_argument("--problems", type=int, default=2000, help="default: %(default)s")
     evaluate.add_argument("--speed_problems", type=int, default=50, help="of them, timed with all threads (default: %(default)s)")
     evaluate.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
-    evaluate.add_argument("--exact_k", type=int, default=4, help="the exact rule's own best K, by sweep (default: %(default)s)")
+    evaluate.add_argument("--exact_k", type=int, default=3, help="the exact rule's own best K, by sweep (default: %(default)s)")
+    evaluate.add_argument("--judge_k", type=int, default=15, help="the judge's own best K, by sweep (default: %(default)s)")
     evaluate.add_argument("--threshold", type=float, help="default: the head's own")
-    evaluate.add_argument("--identity_threshold", type=float, default=0.5, help="the control's, by sweep (default: %(default)s)")
+    evaluate.add_argument("--identity_threshold", type=float, default=0.95, help="the control's, by sweep (default: %(default)s)")
     evaluate.set_defaults(run=run_evaluate)
     sweep = commands.add_parser("sweep", parents=[common], help="choose thresholds and K on validation problems")
     sweep.add_argument("--problems", type=int, default=200, help="default: %(default)s")
     sweep.add_argument("--thresholds", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
     sweep.add_argument("--identity_thresholds", type=float, nargs="*", default=[0.5, 0.7, 0.8, 0.9, 0.95])
-    sweep.add_argument("--ks", type=int, nargs="*", default=[2, 4, 8, 12, 16], help="draft lengths to time (default: %(default)s)")
+    sweep.add_argument("--ks", type=int, nargs="*", default=[3, 7, 15, 16, 31], help="draft lengths to time (default: %(default)s)")
     sweep.add_argument("--speed_problems", type=int, default=10, help="default: %(default)s")
     sweep.set_defaults(run=run_sweep)
     for command in (evaluate, sweep):
         command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread (default: %(default)s)")
+        command.add_argument("--dtype", choices=DTYPES, help="default: as generate.py runs the pair on this CPU")
         command.add_argument("--json", metavar="FILE", help="write the report")
     return parser.parse_args(argv)
 
@@ -776,4 +845,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        print(f"demo_pair.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -69,6 +69,28 @@ def test_held_out_problems_are_in_no_training_text():
         demo_pair.held_out(demo_pair.TRAIN_SEED, 1)
 
 
+def test_slips_are_mistakes_and_are_put_right():
+    slips = 0
+    for index in range(100):
+        problem, rng = problem_at(123, index), random.Random(index)
+        solution = write(problem.solution, rng, "target")
+        before = ""
+        for text, right in demo_pair.with_slips(problem, solution, rng):
+            if not right:
+                slips += 1
+                assert problem.first_mistake(before + text) < len(before + text)
+            elif text != " - no,":
+                before += text
+        assert before == solution
+    assert slips > 100
+
+
+def test_the_draft_never_meets_what_is_unknown_to_it():
+    met = [any(word in problem_at(0, index, **kind).prompt for word in demo_pair.UNKNOWN for index in range(300))
+           for kind in (demo_pair.KINDS["draft"], demo_pair.KINDS["target"])]
+    assert met == [False, True]
+
+
 def test_mistake_spans_cover_one_word():
     assert demo_pair.mistake_span("so Mia has nine", 3) == [3, 6]
     assert demo_pair.mistake_span("so Mia has nine", 11) == [11, 15]
