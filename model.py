@@ -75,7 +75,6 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict, *, where: str = "config.json") -> ModelConfig:
         """Read a Hugging Face config (both spellings of the RoPE settings).
-
         Raises ValueError for an architecture that is not Llama, a missing key, or a setting gavel does not implement.
         """
         architecture = (raw.get("architectures") or [None])[0]
@@ -115,12 +114,13 @@ class ModelConfig:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{where}: got dtype {raw.get('dtype') or raw.get('torch_dtype')!r}, expected float32, "
                              "bfloat16 or float16.")
+        eos = raw.get("eos_token_id")
         return cls(
             vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
             num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6), max_position_embeddings=raw.get("max_position_embeddings", 2048),
             rope_theta=float(theta), rope_scaling=scaling, tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            dtype=dtype, eos_token_ids=_token_ids(raw.get("eos_token_id")))
+            dtype=dtype, eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> ModelConfig:
@@ -132,10 +132,6 @@ class ModelConfig:
             if eos is not None:
                 raw["eos_token_id"] = eos
         return cls.from_dict(raw, where=str(path / "config.json"))
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
 def read_json(path: Path) -> dict:
@@ -254,7 +250,6 @@ class SafetensorsFile:
 
 class Checkpoint:
     """The tensors of a Hugging Face directory: one `model.safetensors`, or shards with an index.
-
     Raises FileNotFoundError for a missing shard or no safetensors at all, ValueError for pickles and broken files.
     """
 
