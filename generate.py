@@ -16,8 +16,7 @@ of the last committed token.
     python generate.py --checkpoint_path Llama-3.1-8B-Instruct --prompt "Why is the sky blue?"
     python generate.py --checkpoint_path Llama-3.1-70B-Instruct --draft_checkpoint_path Llama-3.1-8B-Instruct --judge
 
-Colours on a terminal: plain is what the exact rule accepted, orange and underlined what only the judge kept, blue what the
-target wrote. It does not batch requests.
+On a terminal a legend explains the colours. It does not batch requests.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,13 @@ def verify(model: Transformer, tokens: Tensor, input_pos: Tensor) -> tuple[Tenso
     """The target reads [last, d_1..d_K]: tokens [1, K+1] -> hidden [K+1, D] before the final norm, logits [K+1, V]."""
     hidden = model(tokens, input_pos)
     return hidden[0], model.logits(hidden)[0]
+
+
+def compiled(function):
+    """torch.compile of a copy with code of its own: Dynamo looks up all that was ever compiled for one code object."""
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, dynamic=False, fullgraph=True)
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ class Engine:
         self._offsets = torch.arange(-1, speculate_k + 1, device=self.device)
         self.stats: dict = {}
         impl = impl or ("triton" if self.device.type == "cuda" else "torch")
-        wrap = (lambda f: torch.compile(f, dynamic=False, fullgraph=True)) if compile else (lambda f: f)
+        wrap = compiled if compile else (lambda f: f)
         self._next_token, self._draft_steps, self._verify = wrap(next_token), wrap(draft_steps), wrap(verify)
         self._draft_chunk = max(1, DRAFT_CHUNK_LAYERS // draft.config.num_layers) if draft else 0
         self._accept = accept if impl == "triton" else wrap(accept)  # the kernel is compiled already
@@ -384,12 +391,10 @@ def check_tokenizers(target: Tokenizer, draft: Tokenizer) -> None:
     """ValueError where the two would read the same ids as different text."""
     if target.fingerprint == draft.fingerprint:
         return
-    if target.special_tokens != draft.special_tokens:
-        names = sorted(dict(target.special_tokens.items() ^ draft.special_tokens.items()))
-        raise ValueError(f"special tokens of draft and target differ ({', '.join(names[:3])}, {len(names)} in all); expected "
-                         "the same in both; take two models of one family and generation")
-    raise ValueError(f"vocabularies of draft ({draft.vocab_size} tokens) and target ({target.vocab_size}) differ; expected "
-                     "the same text for every id; take two models of one family")
+    names = sorted(dict(target.special_tokens.items() ^ draft.special_tokens.items()))
+    got = (f"special tokens of draft and target differ ({', '.join(names[:3])}, {len(names)} in all)" if names else
+           f"vocabularies of draft ({draft.vocab_size} tokens) and target ({target.vocab_size}) differ")
+    raise ValueError(f"{got}; expected the same text for every id; take two models of one family and generation")
 
 
 def check_sampling(temperature: float, top_k: int | None, max_new_tokens: int) -> None:
@@ -658,11 +663,10 @@ def chat(engine: Engine, args: argparse.Namespace) -> list[dict]:
             return samples
         turn = [*engine.tokenizer.encode_turn("user", line), *engine.tokenizer.encode_turn("assistant")]
         if len(history) + len(turn) >= engine.max_seq_length:
-            say(f"The context of {engine.max_seq_length} tokens is full: starting anew.")
+            say(f"The context of {engine.max_seq_length} tokens is too short for this turn: starting anew.")
             history = fresh
-            if len(history) + len(turn) >= engine.max_seq_length:
-                say("This turn alone does not fit; shorten it.")
-                continue
+            if len(fresh) + len(turn) >= engine.max_seq_length:
+                continue  # this turn alone does not fit
         ids = [*history, *turn]
         with contextlib.suppress(KeyboardInterrupt):
             answer(engine, ids, args, seed=args.seed + len(samples), keep_cache=True)

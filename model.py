@@ -82,11 +82,9 @@ class ModelConfig:
             raise ValueError(
                 f"{where}: got model_type {raw.get('model_type')!r}, architecture {architecture!r}; expected 'llama' and "
                 "'LlamaForCausalLM'. gavel runs Llama 3.1, 3.2 (text) and 3.3 checkpoints.")
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in required:
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if not isinstance(raw.get(key), int) or raw[key] < 1:
-                raise ValueError(f"{where}: got {key} = {raw.get(key)!r}, expected a positive integer. "
-                                 "Download config.json again.")
+                raise ValueError(f"{where}: got {key} = {raw.get(key)!r}, expected a positive integer. Download it again.")
         for key in ("attention_bias", "mlp_bias"):
             if raw.get(key):
                 raise ValueError(f"{where}: got {key} = true; gavel's layers have no bias, as no Llama 3 has one.")
@@ -493,13 +491,8 @@ class Transformer(nn.Module):
                     row += checkpoint.info(source).shape[0]
         return model.requires_grad_(False).eval()
 
-    @property
-    def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
+    device = property(lambda self: self.embed_tokens.weight.device)
+    dtype = property(lambda self: self.norm.weight.dtype)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate caches and position tables for positions 0..max_seq_length-1 (RoPE angles in float32)."""
