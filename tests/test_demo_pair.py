@@ -157,6 +157,26 @@ def test_rules_on_held_out_problems(pair):
     assert right["none"] >= 0.85 * len(problems) and right["judge"] >= right["none"] - 0.1 * len(problems)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_writes_the_cpus_tokens(pair, compile):
+    """The whole way on a GPU, fused kernel included, in float32; no tie is known on these problems."""
+    tokenizer, answers = pair[3], []
+    for device in ("cpu", "cuda"):
+        target, draft = (Transformer.from_checkpoint(DEMO / name, device=device, dtype=torch.float32)
+                         for name in ("target", "draft"))
+        head = JudgeHead.load(DEMO / "judge.safetensors")
+        engine = Engine(target, draft, head, max_seq_length=256, tokenizer=tokenizer, compile=compile and device == "cuda")
+        answers.append([])
+        for problem in demo_pair.held_out(1, 5):
+            ids = tokenizer.encode_chat([{"role": "user", "content": problem.prompt}])
+            for rule in ("none", "exact", "judge"):
+                for _ in engine.generate(ids, max_new_tokens=160, rule=rule):
+                    pass
+                answers[-1].append(engine.stats["tokens"])
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("flags", [["--no-compile"], []], ids=["uncompiled", "compiled"])
 def test_main_command_shows_three_rules(flags, tmp_path):
     out = tmp_path / "out.json"

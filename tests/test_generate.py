@@ -311,6 +311,15 @@ def test_the_chi_square_is_strong_enough_to_see_q_ignored():
     assert sampled_p_value(engine, 1.0, None) < 1e-6
 
 
+def test_threshold_one_is_the_exact_rule_when_sampling():
+    target = random_model(1)
+    draft, options = near(target, 0.3), {"speculate_k": 4, "stop_tokens": (), "max_seq_length": 128}
+    exact, judge = Engine(target, draft, **options), Engine(target, draft, random_head(32, bias=9.0), threshold=1.0, **options)
+    for seed in range(5):
+        assert run(exact, temperature=0.9, seed=seed) == run(judge, temperature=0.9, seed=seed)
+        assert judge.rule == "judge" and judge.stats["accepted_judge"] == 0 < judge.stats["accepted_exact"]
+
+
 def test_seeds_repeat_and_differ():
     target = random_model(1)
     engine = Engine(target, near(target, 0.1), speculate_k=4, stop_tokens=(), max_seq_length=128)
