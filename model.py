@@ -330,7 +330,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """x [..., in] -> x · weightᵀ [..., out] without bias, by the fastest route that torch has for weight [out, in] as stored.
 
-    On a CPU, for one pass over the 37 MB of the bundled target's layers in float32 (2 threads of an AMD EPYC 9004): a row
+    On a CPU, for one pass over the 37 MB of the bundled target's layers in float32 (2 threads of an AMD EPYC): a row
     costs 3.6 ms in F.linear and 1.5 ms as a multiply-and-sum that Inductor fuses, which is the memory limit; 17 rows cost
     7.5 ms in F.linear (MKL) and 4.6 to 5.0 ms in oneDNN, 16 rows 6.9 and 3.2 to 3.4 ms.
     """
