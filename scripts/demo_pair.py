@@ -821,7 +821,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     evaluate.add_argument("--problems", type=int, default=2000, help="default: %(default)s")
     evaluate.add_argument("--speed_problems", type=int, default=50, help="of them, timed with all threads (default: %(default)s)")
     evaluate.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
-    evaluate.add_argument("--exact_k", type=int, default=3, help="the exact rule's own best K, by sweep (default: %(default)s)")
+    evaluate.add_argument("--exact_k", type=int, default=5, help="the exact rule's own best K, by sweep (default: %(default)s)")
     evaluate.add_argument("--judge_k", type=int, default=15, help="the judge's own best K, by sweep (default: %(default)s)")
     evaluate.add_argument("--threshold", type=float, help="default: the head's own")
     evaluate.add_argument("--identity_threshold", type=float, default=0.95, help="the control's, by sweep (default: %(default)s)")
