@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from judge import MAX_K, JudgeHead, accept, probs, sample, written_aside
-from model import ModelConfig, Transformer
+from model import DTYPES, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -52,7 +52,6 @@ PREFILL_CHUNK = 512  # tokens a prefill pass reads at most: bounds its activatio
 # Draft steps are compiled together up to this many layers a call: a step of a tiny draft costs less than calling it, and
 # of a large one the compiler would take minutes over the copies.
 DRAFT_CHUNK_LAYERS = 8
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RULES = ("none", "exact", "judge")
 SOURCES = ("target", "exact", "judge")  # by Decision.source; 0 never stays, so its place names who wrote the rest
 

@@ -36,6 +36,7 @@ SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of weights and activations
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 READ_CHUNK_BYTES = 64 << 20  # host memory that reading a tensor of any size may take
 FEW_ROWS = 4  # up to here a multiply-and-sum is the faster linear layer on a CPU: 4 rows 1.8 ms, 8 rows 2.9 ms (see Linear)
@@ -70,6 +71,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     dtype: torch.dtype = torch.float32  # the dtype that the checkpoint says its weights have
+    int8: bool = False  # linear layers are stored in int8 (see quantize.py); dtype is what they compute in
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -112,13 +114,18 @@ class ModelConfig:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{where}: got dtype {raw.get('dtype') or raw.get('torch_dtype')!r}, expected float32, "
                              "bfloat16 or float16.")
+        quantization = raw.get("quantization_config") or raw.get("compression_config")
+        if quantization is not None:
+            from quantize import check_layout  # here, as that module imports this one
+
+            check_layout(quantization, where)
         eos = raw.get("eos_token_id")
         return cls(
             vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
             num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6), max_position_embeddings=raw.get("max_position_embeddings", 2048),
             rope_theta=float(theta), rope_scaling=scaling, tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            dtype=dtype, eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()))
+            dtype=dtype, int8=quantization is not None, eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> ModelConfig:
@@ -292,11 +299,11 @@ class Checkpoint:
         self.info(name)
         return self.files[self.weight_map[name]].read(name, start, stop)
 
-    def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) in pieces of at most READ_CHUNK_BYTES (but at least one row)."""
+    def chunks(self, name: str, nbytes: int = READ_CHUNK_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) in pieces of at most nbytes (but at least one row)."""
         info = self.info(name)
         rows = info.shape[0] if info.shape else 1
-        step = max(1, READ_CHUNK_BYTES * rows // max(info.nbytes, 1))
+        step = max(1, nbytes * rows // max(info.nbytes, 1))
         for start in range(0, rows, step):
             yield start, self.read(name, start, min(start + step, rows))
 
@@ -327,27 +334,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class Linear(nn.Linear):
-    """x [..., in] -> x · weightᵀ [..., out] without bias, by the fastest route that torch has for weight [out, in] as stored.
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] · weightᵀ [..., out] for weight [out, in] in x's dtype, by the fastest route that torch has for it as stored.
 
     On a CPU, for one pass over the 37 MB of the bundled target's layers in float32 (2 threads of an AMD EPYC): a row
     costs 3.6 ms in F.linear and 1.5 ms as a multiply-and-sum that Inductor fuses, which is the memory limit; 17 rows cost
     7.5 ms in F.linear (MKL) and 4.6 to 5.0 ms in oneDNN, 16 rows 6.9 and 3.2 to 3.4 ms.
     """
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    if rows <= FEW_ROWS and torch.compiler.is_compiling():
+        y = [(row.float() * weight.float()).sum(-1) for row in x.view(rows, -1).unbind()]  # one loop over the weight
+        return torch.stack(y).to(x.dtype).view(*x.shape[:-1], -1)
+    if x.dtype is torch.float32:
+        return torch.ops.gavel.onednn_linear(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """`linear` with a weight of its own, without bias."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if x.device.type != "cpu" or torch.is_grad_enabled():
-            return F.linear(x, self.weight)
-        if rows <= FEW_ROWS and torch.compiler.is_compiling():
-            y = [(row.float() * self.weight.float()).sum(-1) for row in x.view(rows, -1).unbind()]  # one loop over the weight
-            return torch.stack(y).to(x.dtype).view(*x.shape[:-1], -1)
-        if x.dtype is torch.float32:
-            return torch.ops.gavel.onednn_linear(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -475,19 +487,27 @@ class Transformer(nn.Module):
         config = ModelConfig.from_checkpoint(path)
         checkpoint = Checkpoint(path)
         with torch.device("meta"):
-            model = cls(config)
-        sources = {name: checkpoint_names(name, config) for name, _ in model.named_parameters()}
+            model = cls(config).to(dtype or config.dtype)
+        if config.int8:
+            from quantize import int8_layers, unpack  # here, as that module imports this one
+
+            int8_layers(model, checkpoint)
+        sources = {name: checkpoint_names(name, config, int8=p.dtype is torch.int8) for name, p in model.named_parameters()}
         for name, parameter in model.named_parameters():
             check_shapes(checkpoint, sources[name], name, parameter, config)
-        model = model.to(dtype or config.dtype).to_empty(device=device)
+        model = model.to_empty(device=device)
         if config.tie_word_embeddings:  # to_empty unties
             model.lm_head.weight = model.embed_tokens.weight
         with torch.no_grad():
+            for buffer in model.buffers():
+                buffer.zero_()
             for name, parameter in model.named_parameters():
                 row = 0
                 for source in sources[name]:
                     for start, rows in checkpoint.chunks(source):
-                        parameter[row + start:row + start + rows.shape[0]].copy_(rows)
+                        if parameter.dtype is torch.int8:
+                            rows = unpack(rows, parameter.shape[1])
+                        parameter[row + start:row + start + rows.shape[0]].copy_(rows.view(-1, *parameter.shape[1:]))
                     row += checkpoint.info(source).shape[0]
         return model.requires_grad_(False).eval()
 
@@ -543,10 +563,13 @@ def rope_tables(config: ModelConfig, length: int, dtype: torch.dtype, device: to
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def checkpoint_names(parameter: str, config: ModelConfig) -> list[str]:
+def checkpoint_names(parameter: str, config: ModelConfig, *, int8: bool = False) -> list[str]:
     """The checkpoint's tensors that one parameter of ours is read from, in the order of its rows."""
-    if parameter == "lm_head.weight":
-        return ["lm_head.weight"]
+    if int8:
+        parameter += "_packed"
+    parameter = parameter.removesuffix(".scale") + ".weight_scale" if parameter.endswith(".scale") else parameter
+    if parameter.startswith("lm_head."):
+        return [parameter]
     for ours, theirs in STACKED.items():
         if ours in parameter:
             return ["model." + parameter.replace(ours, name) for name in theirs]
@@ -561,9 +584,19 @@ def check_shapes(checkpoint: Checkpoint, sources: list[str], name: str, paramete
             "up_proj": config.intermediate_size}
     for source in sources:
         info = checkpoint.info(source)
-        expected = (rows.get(source.split(".")[-2], parameter.shape[0]), *parameter.shape[1:])
+        out = rows.get(source.split(".")[-2], parameter.shape[0])
+        expected, kinds = (out, *parameter.shape[1:]), tuple(DTYPES.values())
+        if source.endswith(".weight_packed"):
+            stated = tuple(checkpoint.read(source.replace("_packed", "_shape")).tolist())
+            if stated != expected:
+                raise ValueError(f"{checkpoint.path}: got weight_shape {list(stated)} beside {source}, expected {list(expected)} "
+                                 "by config.json. Weights and config are of different models: download both again.")
+            expected, kinds = (out, -(-expected[1] // 4)), (torch.int32,)
+        elif source.endswith(".weight_scale"):
+            expected = (out, 1)
         if info.shape != expected:
             raise ValueError(f"{checkpoint.path}: got shape {list(info.shape)} for {source}, expected {list(expected)} by "
                              "config.json. Weights and config are of different models: download both again.")
-        if not info.dtype.is_floating_point:
-            raise ValueError(f"{checkpoint.path}: got dtype {info.dtype} for {source}, expected a floating-point one.")
+        if info.dtype not in kinds:
+            raise ValueError(f"{checkpoint.path}: got dtype {info.dtype} for {source}, expected "
+                             f"{' or '.join(map(str, kinds))}; download the checkpoint as published.".replace("torch.", ""))

@@ -6,6 +6,7 @@ real shapes (on the meta device: no memory), and each recorded call is compiled 
 the assembly. It needs a process without TRITON_INTERPRET.
 
     python scripts/aot.py --target sm_90                      # judge.py, every variant; one JSON line a kernel
+    python scripts/aot.py --module quantize                   # the int8 layer, every set of block sizes
 """
 
 import argparse
@@ -129,8 +130,31 @@ def judge_launches(K: int, V: int, D: int) -> dict[str, tuple]:
     return {launch[0]: launch[1:] for launch in launches.values()}
 
 
+def quantize_launches(target: str) -> dict[str, tuple]:
+    """Every distinct launch of quantize.py by name: dtype x the sizes of x at which block sizes change, K even and odd."""
+    import quantize
+
+    quantize.INTERPRETED = True  # meta tensors pass as the interpreter's would
+    quantize.STAGE_BYTES = (96 if target.startswith("sm_") else 48) << 10  # as a build of torch for it chooses
+    launches = {}
+    for name, dtype in DTYPES.items():
+        for M in (1, 25, 64, 512):
+            for N, K in ((57344, 8192), (8192, 8192), (8192, 8188)):  # without and with splits; a K that no block divides
+                def run(dtype=dtype, M=M, N=N, K=K):
+                    meta = {"device": "meta"}
+                    quantize.int8_linear_triton(
+                        torch.empty(M, K, dtype=dtype, **meta), torch.empty(N, K, dtype=torch.int8, **meta),
+                        torch.empty(N, dtype=torch.bfloat16, **meta), torch.empty(1024, dtype=torch.int32, **meta))
+                for kernel, grid, args, options in record(quantize, run):
+                    options = options | {"UPCAST": False}
+                    key = (name, str(sorted(options.items())), M if M == 1 else 0, K % 16)
+                    launches.setdefault(key, (f"{kernel.__name__} {name} {M} x {N} x {K}", kernel, grid, args, options))
+    return {launch[0]: launch[1:] for launch in launches.values()}
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--module", choices=("judge", "quantize"), default="judge", help="default: %(default)s")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to build for")
     parser.add_argument("--speculate_k", type=int, default=25, help="draft length K")
     parser.add_argument("--vocab_size", type=int, default=128256, help="V")
@@ -141,8 +165,10 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, but the interpreter compiles nothing; unset it")
-    for name, (kernel, grid, values, options) in judge_launches(args.speculate_k, args.vocab_size, args.hidden_size).items():
-        for target in args.target:
+    for target in args.target:
+        launches = quantize_launches(target) if args.module == "quantize" else judge_launches(
+            args.speculate_k, args.vocab_size, args.hidden_size)
+        for name, (kernel, grid, values, options) in launches.items():
             usage = build(kernel, values, options, target)
             print(json.dumps({"kernel": name, "target": target, "grid": grid, **usage}), flush=True)
 

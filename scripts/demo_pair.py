@@ -10,6 +10,7 @@ verification rejects much that is right, while a grammar that knows every right 
     python scripts/demo_pair.py train --model target
     python scripts/demo_pair.py head                  # the draft's answers, labelled, then train_head.py
     python scripts/demo_pair.py evaluate --seed 1 --problems 2000 --json eval.json
+    python scripts/demo_pair.py int8                  # what int8 weights change, over the same problems
 
 Training uses Muon for the matrices (arXiv 2502.16982 for the scale of its update) and AdamW for embeddings and norms, in
 float32; the result is rounded to bfloat16 and written as a Hugging Face directory.
@@ -28,6 +29,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ sys.path.insert(0, str(ROOT))
 from generate import DTYPES, Engine, can_compile, check_writable, pick_dtype, setup_compiler  # noqa: E402
 from judge import JudgeHead, written_aside  # noqa: E402
 from model import STACKED, ModelConfig, RopeScaling, Transformer, checkpoint_names  # noqa: E402
+from quantize import quantize_checkpoint  # noqa: E402
 from tokenizer import LLAMA3_SPECIAL_TOKENS, LLAMA3_SPLIT, Tokenizer  # noqa: E402
 
 TRAIN_SEED, HEAD_SEED, VALIDATION_SEED = 0, 1_000_000, 2_000_000  # streams of problems; evaluate takes any other
@@ -769,6 +772,35 @@ def run_evaluate(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(report, indent=1) + "\n")
 
 
+def run_int8(args: argparse.Namespace) -> None:
+    """The pair in int8 beside the pair as stored, over the same problems: accuracy of target and judge, tokens kept."""
+    check_writable(args.json)
+    dtype = pick_dtype(args.dtype, MODELS["target"], torch.device("cpu"))
+    problems = held_out(args.seed, args.problems)
+    target, judge = Way("target", args.speculate_k), Way("judge", args.speculate_k)
+    report: dict = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = {"stored": args.output, "int8": Path(scratch)}
+        for name in MODELS:
+            quantize_checkpoint(args.output / name, pairs["int8"] / name)
+        for name in ("judge.safetensors", "token_identity.json"):
+            shutil.copy(args.output / name, pairs["int8"] / name)
+        answers = {name: answer_problems(pair, problems, (target, judge), dtype=dtype, workers=args.workers)
+                   for name, pair in pairs.items()}
+    print(f"\n{'pair':<10}{'target accuracy':>17}{'judge accuracy':>16}{'accepted/round':>16}")
+    for name in pairs:
+        report[name] = {"target": summary(answers[name][target]), "judge": summary(answers[name][judge])}
+        print(f"{name:<10}{report[name]['target']['accuracy']:17.2%}{report[name]['judge']['accuracy']:16.2%}"
+              f"{report[name]['judge']['accepted_per_round']:16.2f}")
+    report["paired"] = {str(way.rule): paired_difference(answers["int8"][way], answers["stored"][way]) for way in (target, judge)}
+    for rule, d in report["paired"].items():
+        print(f"accuracy, {rule}, int8 - stored: {100 * d['mean']:+.2f} points [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]")
+    report["settings"] = {"seed": args.seed, "problems": args.problems, "speculate_k": args.speculate_k, "dtype": str(dtype),
+                          "cpu": cpu_name(), "torch": torch.__version__}
+    if args.json:
+        write_text(args.json, json.dumps(report, indent=1) + "\n")
+
+
 def run_sweep(args: argparse.Namespace) -> None:
     """Choose on validation problems: thresholds by acceptance and accuracy at K = 16, K by wall-clock time."""
     check_writable(args.json)
@@ -826,6 +858,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     evaluate.add_argument("--threshold", type=float, help="default: the head's own")
     evaluate.add_argument("--identity_threshold", type=float, default=0.95, help="the control's, by sweep (default: %(default)s)")
     evaluate.set_defaults(run=run_evaluate)
+    int8 = commands.add_parser("int8", parents=[common], help="accuracy and acceptance of the pair in int8, beside the pair as stored")
+    int8.add_argument("--seed", type=int, default=1, help="stream of held-out problems (default: %(default)s)")
+    int8.add_argument("--problems", type=int, default=2000, help="default: %(default)s")
+    int8.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
+    int8.set_defaults(run=run_int8)
     sweep = commands.add_parser("sweep", parents=[common], help="choose thresholds and K on validation problems")
     sweep.add_argument("--problems", type=int, default=200, help="default: %(default)s")
     sweep.add_argument("--thresholds", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
@@ -833,7 +870,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("--ks", type=int, nargs="*", default=[3, 7, 15, 16, 31], help="draft lengths to time (default: %(default)s)")
     sweep.add_argument("--speed_problems", type=int, default=10, help="default: %(default)s")
     sweep.set_defaults(run=run_sweep)
-    for command in (evaluate, sweep):
+    for command in (evaluate, int8, sweep):
         command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread (default: %(default)s)")
         command.add_argument("--dtype", choices=DTYPES, help="default: as generate.py runs the pair on this CPU")
         command.add_argument("--json", metavar="FILE", help="write the report")
