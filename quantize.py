@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import SAFETENSORS_DTYPES, Checkpoint, Linear, ModelConfig, Transformer, checkpoint_names, linear, read_json
+from model import FEW_ROWS, SAFETENSORS_DTYPES, Checkpoint, Linear, ModelConfig, Transformer, checkpoint_names, linear, read_json
 
 try:
     import triton
@@ -63,12 +63,13 @@ BLOCK_N = 128  # 64 rows of weights for each of two warp groups, the smallest th
 STAGE_BYTES = 48 << 10 if torch.version.hip else 96 << 10
 # On a CPU, one pass over the bundled target's layers, 2 threads of an AMD EPYC with AVX512-BF16, torch 2.13.0, medians:
 #   bfloat16   1 row: _weight_int8pack_mm 0.70 ms, multiply-and-sum 0.73 to 1.1, dequantise 2.3 (bf16 weights: 1.25)
-#             16 rows: 2.7, -, 3.0 (2.7); 17 rows: 3.1, -, 3.1 (2.9); 33 rows: 5.2, -, 4.3 (3.8)
+#             12 rows: 2.1, -, 2.8 (2.7); 17 rows: 3.1, -, 3.1 (2.9); 33 rows: 5.2, -, 4.3 (3.8)
 #   float32    1 row: _weight_int8pack_mm 4.1 ms, multiply-and-sum 0.9, dequantise 4.3 (float32 weights: 2.1)
 #             17 rows: 82, 3.9 alone but 20 within the compiled model (where it takes a minute to compile), 5.9 (5.7)
-# Inductor's int8 GEMM template, with and without freezing, was never faster than _weight_int8pack_mm, and dequantising
-# a part of the rows at a time (128 to 1024) never faster than the whole layer.
-PACK_MM_ROWS = 20  # bfloat16: rows up to which _weight_int8pack_mm is no slower
+# Inductor's int8 GEMM template, with and without freezing, was never faster than _weight_int8pack_mm. A layer of 4096 x 4096
+# (64 rows, bfloat16) takes 22 ms dequantised as a whole, 10 in parts of 2^19 weights, 9 of 2^20 or 2^21 (bf16 weights: 7).
+PACK_MM_ROWS = 12  # bfloat16: rows up to which _weight_int8pack_mm is the fastest
+DEQUANTISE_WEIGHTS = 1 << 20  # at a time: 2 MB in bfloat16, which the product finds in the cache
 
 def check_layout(raw: dict, where: str) -> None:
     """ValueError unless config.json's quantization_config describes 8-bit channel-wise symmetric `pack-quantized` weights."""
@@ -247,7 +248,23 @@ def int8_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The fastest route on a CPU by x's rows and dtype, as measured above; a converted weight lives for one product only."""
     if x.dtype is scale.dtype is torch.bfloat16 and x.shape[0] <= PACK_MM_ROWS:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
+    if weight.numel() > DEQUANTISE_WEIGHTS and x.shape[0] > FEW_ROWS:
+        return torch.ops.gavel.int8_linear_in_parts(x, weight, scale)
     return (linear(x, weight.to(x.dtype)) * scale).to(x.dtype)  # int8 to bfloat16 is exact
+
+
+def int8_linear_in_parts(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [M, K], weight int8 [N, K], scale [N] -> [M, N], dequantising DEQUANTISE_WEIGHTS at a time."""
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    step = max(1, DEQUANTISE_WEIGHTS // weight.shape[1])
+    for n in range(0, weight.shape[0], step):
+        y[:, n:n + step] = linear(x, weight[n:n + step].to(x.dtype)) * scale[n:n + step]
+    return y
+
+
+torch.library.define("gavel::int8_linear_in_parts", "(Tensor x, Tensor weight, Tensor scale) -> Tensor")
+torch.library.impl("gavel::int8_linear_in_parts", "CPU", int8_linear_in_parts)
+torch.library.register_fake("gavel::int8_linear_in_parts", lambda x, weight, scale: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 class Int8Linear(nn.Module):

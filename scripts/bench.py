@@ -1,10 +1,10 @@
 """Benchmarks: what a kernel or a pass takes, beside its rivals and beside the memory limit measured in the same run.
 
-`int8` times y = (x · w8ᵀ) · scale for the layer shapes of Llama-3.1 (one eighth of 405B: a rank's share at eight ranks), beside
+`int8` times y = (x · w8ᵀ) · scale for the layer shapes of Llama-3.1 (one eighth of 405B: a rank's share at eight), beside
 torch's bfloat16 layer, Inductor max-autotune on the same int8 weight, and dequantise-then-matmul; then whole passes of the
 bundled target, one row and K+1 rows, in int8 and as stored. Ways take turns in one run, on weights that rotate through more
-memory than the caches hold; medians. On a GPU a way's calls are one CUDA graph. GB/s counts the bytes that a way must read:
-each weight byte once (2 a weight in bfloat16), and x and y once.
+memory than the caches hold; medians and quartiles; a table, and all of it as one JSON line last. On a GPU a way's calls are
+one CUDA graph. GB/s counts the bytes that a way must read: each weight byte once (2 a weight in bfloat16), and x and y once.
 
     python scripts/bench.py int8                                   # this machine's own: GPU, or CPU with small shapes
     python scripts/bench.py int8 --json benchmarks/int8_h200.json
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -98,8 +99,9 @@ def bandwidth(device: torch.device, nbytes: int, repeats: int = 20) -> float:
     return moved / statistics.median(take_turns({"copy": measure}, repeats)["copy"])
 
 
-def layer_ways(shape: tuple[int, int], M: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
-    """A timer for each way to multiply x [M, in] by a weight of `shape` (out, in)."""
+def layer_ways(shape: tuple[int, int], M: int, device: torch.device, dtype: torch.dtype,
+               names: list[str]) -> dict[str, Callable[[], float]]:
+    """A timer for each way of `names` to multiply x [M, in] by a weight of `shape` (out, in)."""
     (N, K), gpu = shape, device.type == "cuda"
     copies = max(2, min(64, -(-ROTATION_BYTES[device.type] // (N * K))))
     linears = [torch.nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(copies)]
@@ -108,22 +110,23 @@ def layer_ways(shape: tuple[int, int], M: int, device: torch.device, dtype: torc
     torch._dynamo.reset()
     inductor = torch.compile(lambda x, w, s: F.linear(x, w.to(x.dtype)) * s, dynamic=False, mode="max-autotune-no-cudagraphs")
     route = torch.ops.gavel.int8_linear if gpu else torch.compile(lambda x, w, s, _: int8_linear_cpu(x, w, s), dynamic=False)
-    return {name: timer(device, run, copies) for name, run in {
+    ways = {
         "int8": lambda i: route(x, layers[i].weight, layers[i].scale, layers[i].arrivals),
         "bf16": lambda i: F.linear(x, linears[i].weight),
         "inductor": lambda i: inductor(x, layers[i].weight, layers[i].scale),
         "dequantise": lambda i: F.linear(x, layers[i].weight.to(dtype) * layers[i].scale[:, None].to(dtype)),
-    }.items()}
+    }
+    return {name: timer(device, ways[name], copies) for name in names}
 
 
-def measure_layers(shapes: dict, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype, *, peak: float,
-                   repeats: int) -> list[dict]:
+def measure_layers(shapes: dict, rows: list[int], names: list[str], device: torch.device, dtype: torch.dtype, *,
+                   peak: float, repeats: int) -> list[dict]:
     """One entry a model, matrix and M: per way microseconds, quartiles, GB/s and share of `peak`."""
     entries = []
     jobs = [(model, name, shape, M) for model, matrices in shapes.items() for name, shape in matrices.items() for M in rows]
     for model, name, (N, K), M in tqdm(jobs, desc="layers", unit=" sizes"):
         entry = {"model": model, "matrix": name, "out": N, "in": K, "rows": M}
-        for way, seconds in take_turns(layer_ways((N, K), M, device, dtype), repeats).items():
+        for way, seconds in take_turns(layer_ways((N, K), M, device, dtype, names), repeats).items():
             low, median, high = statistics.quantiles(seconds, n=4)
             weight_bytes = N * K * (dtype.itemsize if way == "bf16" else 1)
             moved = (weight_bytes + dtype.itemsize * M * (N + K)) / median
@@ -173,15 +176,26 @@ def machine(device: torch.device) -> dict:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
         name += f", {os.cpu_count()} cores"
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
+            "commit": commit or "no git repository"}
+
+
+def finish(report: dict, path: str | None) -> None:
+    """The report as one line, last; indented to a file where one was asked for."""
+    if path:
+        with written_aside(path) as file:
+            file.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
 
 
 def print_layers(entries: list[dict]) -> None:
-    print(f"\n{'model':<8}{'matrix':<10}{'out x in':>15}{'rows':>6}" + "".join(f"{way + ' us':>15}" for way in WAYS)
+    ways = [way for way in WAYS if way in entries[0]]
+    print(f"\n{'model':<8}{'matrix':<10}{'out x in':>15}{'rows':>6}" + "".join(f"{way + ' us':>15}" for way in ways)
           + f"{'int8 GB/s':>11}{'of memory':>11}")
     for e in entries:
         print(f"{e['model']:<8}{e['matrix']:<10}{e['out']:>8} x {e['in']:<5}{e['rows']:>5}"
-              + "".join(f"{e[way]['us']:15.1f}" for way in WAYS) + f"{e['int8']['gb_per_s']:11.0f}{e['int8']['share']:11.0%}")
+              + "".join(f"{e[way]['us']:15.1f}" for way in ways) + f"{e['int8']['gb_per_s']:11.0f}{e['int8']['share']:11.0%}")
 
 
 def run_int8(args: argparse.Namespace) -> None:
@@ -194,7 +208,7 @@ def run_int8(args: argparse.Namespace) -> None:
         shapes = {name: SHAPES[name] for name in args.models}
     peak = bandwidth(device, sum(N * K for N, K in SHAPES["demo"].values()) * 8)
     print(f"{machine(device)['device']}: {'copy' if gpu else 'read'} bandwidth {peak / 1e9:.0f} GB/s, x in {dtype}")
-    layers = measure_layers(shapes, tuple(args.rows), device, dtype, peak=peak, repeats=args.repeats)
+    layers = measure_layers(shapes, args.rows, ["int8", *args.ways], device, dtype, peak=peak, repeats=args.repeats)
     print_layers(layers)
     passes = measure_passes(device, dtype, (1, 17), repeats=4 * args.repeats)
     print(f"\n{'bundled target, rows':<22}{'stored ms':>11}{'int8 ms':>9}{'int8 / stored':>15}")
@@ -205,9 +219,7 @@ def run_int8(args: argparse.Namespace) -> None:
     if not gpu:
         report["gpu"] = NOT_MEASURED
         print(f"\nGPU rows: {NOT_MEASURED}")
-    if args.json:
-        with written_aside(args.json) as file:
-            file.write_text(json.dumps(report, indent=1) + "\n")
+    finish(report, args.json)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -217,6 +229,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     int8.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     int8.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of x and of the rivals' weights")
     int8.add_argument("--models", nargs="+", choices=SHAPES, help="shapes to measure (default: all; on a CPU small ones)")
+    int8.add_argument("--ways", nargs="*", choices=WAYS[1:], default=WAYS[1:],
+                      help="rivals (default: all; max-autotune takes several seconds a size on a GPU)")
     int8.add_argument("--rows", type=int, nargs="+", default=ROWS, help="M (default: %(default)s)")
     int8.add_argument("--repeats", type=int, default=20, help="turns (default: %(default)s)")
     int8.add_argument("--json", metavar="FILE", help="write the report")
