@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import sys
 import sysconfig
@@ -39,8 +40,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from judge import MAX_K, JudgeHead, accept, probs, sample, written_aside
-from model import DTYPES, ModelConfig, Transformer
+import tp
+from judge import MAX_K, JudgeHead, accept, greedy, probs, sample, written_aside
+from model import DTYPES, WHOLE, ModelConfig, Transformer, Whole
 from tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -71,12 +73,13 @@ def next_token(model: Transformer, tokens: Tensor, input_pos: Tensor, temperatur
     with exponentials [V], and that distribution in float32 [V]. Status 1 says that the logits were not finite.
     """
     hidden = model(tokens, input_pos)[:, -1]  # [1, D]
-    logits = model.logits(hidden)[0].float()  # [V]
-    status = (~logits.amax().isfinite()).to(torch.int32)
+    logits = model.logits(hidden)[0].float()  # [V], of this rank
     if temperature is None:
-        return logits.argmax(-1), None, status
+        token, top = greedy(logits, model.shard, model.first_token)
+        return token, None, (~top.isfinite()).to(torch.int32)
+    logits = model.shard.gather(logits)
     q = probs(logits, temperature, top_k)
-    return sample(q, exponentials), q, status
+    return sample(q, exponentials), q, (~logits.amax().isfinite()).to(torch.int32)
 
 
 def draft_steps(model: Transformer, tokens: Tensor, input_pos: Tensor, steps: int, temperature: Tensor | None = None,
@@ -167,7 +170,7 @@ class Engine:
                  impl: str | None = None):
         check_fit(target.config, draft and draft.config, judge, speculate_k=speculate_k, threshold=threshold)
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
-        self.device, self.speculate_k, self.compiled = target.device, speculate_k, compile
+        self.device, self.speculate_k, self.compiled, self.shard = target.device, speculate_k, compile, target.shard
         self.judge = judge.to(self.device) if judge else None
         self.rule = RULES[0 if draft is None else 1 if judge is None else 2]
         self.threshold = (judge.threshold if threshold is None else threshold) if judge else None
@@ -220,6 +223,8 @@ class Engine:
         drafted, q = self._draft(state, sampling)
         clock.mark("draft")
         hidden, logits = self._verify(self.target, torch.cat((pair[1:], drafted))[None], n + self._offsets[1:])
+        if sampling.temperature is not None:
+            logits = self.shard.gather(logits)
         clock.mark("verify")
         decision = self._decide(hidden, logits, drafted, draft_probs=q, sampling=sampling)
         block = torch.cat((pair[1:], drafted))  # [K+1]; row a is the last token kept
@@ -234,7 +239,7 @@ class Engine:
             hidden, logits, drafted, head=self.judge, threshold=self._delta, stop_tokens=self._stop_tokens,
             temperature=sampling.temperature, top_k=sampling.top_k, draft_probs=draft_probs,
             uniforms=sampling.draw("uniform", self.speculate_k), exponentials=sampling.draw("exponential", logits.shape[-1]),
-            impl=self._impl)
+            shard=self.shard, first_token=self.target.first_token, impl=self._impl)
 
     def _read(self, result) -> Block:
         """Bring one round's outcome to the host, whole; the only wait of a round."""
@@ -302,6 +307,7 @@ class Engine:
             while True:
                 block = self._read(result)
                 block = self._cut(block, max_new_tokens - len(tokens))
+                self.shard.same(block.tokens)
                 tokens += block.tokens
                 if first_token is None:
                     first_token = time.perf_counter() - start
@@ -315,9 +321,14 @@ class Engine:
                 if block.tokens[-1] in self.stop_tokens:
                     finish_reason = "stop"
                 paused = time.perf_counter()
-                yield block
+                try:
+                    yield block
+                except GeneratorExit:
+                    self.shard.agree(True)
+                    raise
+                stopped = self.shard.agree(False)  # by rank 0's consumer
                 start += time.perf_counter() - paused  # the consumer's time is not ours
-                if finish_reason == "stop" or len(tokens) >= max_new_tokens:
+                if stopped or finish_reason == "stop" or len(tokens) >= max_new_tokens:
                     break
                 clock.mark()
                 state, result = run_round(state, sampling, clock)
@@ -344,7 +355,7 @@ class Engine:
                 "draft_share": phases.get("draft", 0.0) / seconds, "verify_share": phases.get("verify", 0.0) / seconds,
                 "rule": rule, "speculate_k": K, "threshold": threshold, "temperature": temperature, "top_k": top_k,
                 "seed": seed, "device": device_name(self.device), "dtype": str(self.target.dtype).removeprefix("torch."),
-                "compiled": self.compiled, "world_size": 1,
+                "compiled": self.compiled, "world_size": self.shard.world,
             }
 
     def _cut(self, block: Block, budget: int) -> Block:
@@ -463,7 +474,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def setup_compiler(device: torch.device) -> None:
+def setup_compiler(device: torch.device, world: int = 1) -> None:
     """Settings of torch.compile, made once, by a program and not at import."""
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
@@ -473,7 +484,7 @@ def setup_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         inductor.coordinate_descent_tuning = True
     else:
-        inductor.cpp_wrapper = True  # a step calls dozens of small kernels: not from Python
+        inductor.cpp_wrapper = world == 1  # a step calls dozens of small kernels: not from Python (collectives need it)
 
 
 def can_compile(device: torch.device) -> str | None:
@@ -540,6 +551,7 @@ class Setup:
     dtype: torch.dtype
     context: int
     compile: bool
+    ranks: bool  # this process is one rank of several
 
 
 def find_head(given: str, target: Path) -> Path:
@@ -563,7 +575,8 @@ def prepare(args: argparse.Namespace) -> Setup:
         raise ValueError(f"got seed {args.seed}, expected 0 or a positive 63-bit number")
     for output in (args.json, args.profile):
         check_writable(output)
-    device = pick_device(args.device)
+    ranks = tp.under_torchrun()
+    device = tp.rank_device(args.device) if ranks else pick_device(args.device)
     if args.checkpoint_path is None and args.draft_checkpoint_path is not None:
         raise ValueError("got --draft_checkpoint_path without --checkpoint_path; give both, or neither for the bundled pair")
     target_path = Path(args.checkpoint_path or DEMO / "target")
@@ -572,6 +585,9 @@ def prepare(args: argparse.Namespace) -> Setup:
         draft_path = DEMO / "draft"
     config = ModelConfig.from_checkpoint(target_path)
     draft_config = ModelConfig.from_checkpoint(draft_path) if draft_path else None
+    for model_config, path in ((config, target_path), (draft_config, draft_path)):
+        if ranks and model_config:
+            tp.check_world(model_config, int(os.environ["WORLD_SIZE"]), str(path))
     if args.judge is not None and not draft_path:
         raise ValueError("got --judge without a draft: there is nothing to judge; give --draft_checkpoint_path DIR")
     judge = JudgeHead.load(find_head(args.judge, target_path)) if args.judge is not None else None
@@ -591,7 +607,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     if missing:
         say(f"{missing}: running uncompiled, several times slower")
     context = min(c.max_position_embeddings for c in (config, draft_config) if c)
-    return Setup(target_path, draft_path, tokenizer, judge, device, dtype, context, args.compile and missing is None)
+    return Setup(target_path, draft_path, tokenizer, judge, device, dtype, context, args.compile and missing is None, ranks)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None) -> list[int]:
@@ -604,17 +620,41 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str |
     return tokenizer.encode_chat([*turns, {"role": "user", "content": prompt}])
 
 
-def load_engine(setup: Setup, args: argparse.Namespace, max_seq_length: int) -> Engine:
+def load_model(path: Path, setup: Setup, shard: Whole) -> Transformer:
+    """Read a checkpoint, with a progress bar on rank 0; every rank says what it read and what it took."""
+    from tqdm import tqdm  # here: only the command line needs it
+
+    start = time.perf_counter()
+    with tqdm(desc=f"read {path.name}", unit="B", unit_scale=True, delay=1, disable=shard.rank > 0, leave=False) as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model = Transformer.from_checkpoint(path, device=setup.device, dtype=setup.dtype, shard=shard, progress=progress)
+    if shard.world > 1:
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB of host memory at most"
+        if setup.device.type == "cuda":
+            peak += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU's"
+        lines = shard.everyone(f"rank {shard.rank}: {model.bytes_read / 1e9:.3f} GB of {path.name} read in "
+                               f"{time.perf_counter() - start:.1f} s, {peak}")
+        say("\n".join(lines))
+    return model
+
+
+def load_engine(setup: Setup, args: argparse.Namespace, max_seq_length: int, shard: Whole) -> Engine:
     """Load the weights, build the engine, and compile it; says on stderr what takes time."""
     start = time.perf_counter()
-    target = Transformer.from_checkpoint(setup.target_path, device=setup.device, dtype=setup.dtype)
-    draft = Transformer.from_checkpoint(setup.draft_path, device=setup.device, dtype=setup.dtype) if setup.draft_path else None
+    target = load_model(setup.target_path, setup, shard)
+    draft = load_model(setup.draft_path, setup, shard) if setup.draft_path else None
     engine = Engine(target, draft, setup.judge, speculate_k=args.speculate_k, threshold=args.threshold,
                     max_seq_length=max_seq_length, tokenizer=setup.tokenizer, compile=setup.compile)
     say(f"loaded {setup.target_path.name}{f' and {setup.draft_path.name}' if setup.draft_path else ''} in "
-        f"{time.perf_counter() - start:.1f} s, {setup.dtype} on {device_name(setup.device)}".replace("torch.", ""))
+        f"{time.perf_counter() - start:.1f} s, {setup.dtype} on {device_name(setup.device)}"
+        f"{f', {shard.world} ranks' if shard.world > 1 else ''}".replace("torch.", ""))
     if setup.compile:
-        setup_compiler(setup.device)
+        setup_compiler(setup.device, shard.world)
+        if shard.world > 1:
+            tp.compile_in_turn()
         rules = ("none", "judge") if compares(args) else (engine.rule,)
         parts = (["one target step"] if "none" in rules else []) + (
             [] if draft is None else ["draft step", f"verification of {args.speculate_k + 1} tokens", "acceptance rule"])
@@ -629,8 +669,9 @@ def compares(args: argparse.Namespace) -> bool:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """To stderr: stdout is for the answer and its table."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    """To stderr: stdout is for the answer and its table. Of several ranks the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def answer(engine: Engine, ids: list[int], args: argparse.Namespace, *, seed: int, rule: str | None = None,
@@ -646,17 +687,25 @@ def answer(engine: Engine, ids: list[int], args: argparse.Namespace, *, seed: in
     return engine.stats
 
 
+def read_line() -> str:
+    """A line from the terminal, empty at its end."""
+    try:
+        return input("\n> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""
+
+
 def chat(engine: Engine, args: argparse.Namespace) -> list[dict]:
     """Read turns from the terminal until end of input; the caches keep what was said."""
     opening = [{"role": "system", "content": args.system}] if args.system else []
     fresh = engine.tokenizer.encode_chat(opening, add_generation_prompt=False)
-    history, samples = fresh, []
+    history, samples, shard = fresh, [], engine.shard
     end_of_turn = engine.tokenizer.special_tokens["<|eot_id|>"]
     say("One line is one turn; an empty line or Ctrl-D ends the chat, Ctrl-C stops an answer.")
     while True:
         try:
-            line = input("\n> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
+            line = shard.from_first(shard.rank == 0 and read_line())
+        except KeyboardInterrupt:
             return samples
         if not line.strip():
             return samples
@@ -667,7 +716,7 @@ def chat(engine: Engine, args: argparse.Namespace) -> list[dict]:
             if len(fresh) + len(turn) >= engine.max_seq_length:
                 continue  # this turn alone does not fit
         ids = [*history, *turn]
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(*[KeyboardInterrupt] * (shard.world == 1)):  # of several ranks, it ends all
             answer(engine, ids, args, seed=args.seed + len(samples), keep_cache=True)
         said = engine.stats.get("tokens", [])
         history = [*ids, *said] if said and said[-1] in engine.stop_tokens else [*ids, *said, end_of_turn]
@@ -699,6 +748,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES,
         help="default: the checkpoint's on CUDA; on a CPU bfloat16 if it has units for it, else float32")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the steps (default: on)")
+    add("--check_ranks", action="store_true", help="under torchrun: compare all ranks' tokens in every round (for debugging)")
     add("--json", metavar="FILE", help="write a list with one object per sample: text, tokens, speed, acceptance")
     add("--profile", metavar="FILE", help="write a Chrome trace (open it in ui.perfetto.dev)")
     return parser.parse_args(argv)
@@ -707,6 +757,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Run the command line; ValueError and OSError are a user's mistakes."""
     setup = prepare(args)
+    shard = tp.start(setup.device, check=args.check_ranks) if setup.ranks else WHOLE
+    if shard.rank:
+        sys.stdout = open(os.devnull, "w")  # the first rank prints and writes
+        warnings.simplefilter("ignore")
+    try:
+        run(args, setup, shard)
+    finally:
+        if sys.exc_info()[0] is None:  # else other ranks may never come to meet this one
+            tp.stop()
+
+
+def run(args: argparse.Namespace, setup: Setup, shard: Whole) -> None:
+    """What remains to be done once everything that can be checked early was."""
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     if setup.device.type == "cuda":
         torch.cuda.set_device(setup.device)  # Triton launches and events go to the current device
@@ -717,7 +780,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         args.max_new_tokens = check_length(len(ids), args.max_new_tokens, setup.context)
         max_seq_length = min(setup.context, -(-(len(ids) + args.max_new_tokens) // 128) * 128)  # few lengths: few compilations
-    engine = load_engine(setup, args, max_seq_length)
+    engine = load_engine(setup, args, max_seq_length, shard)
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
     with profiler:
         if args.interactive:
@@ -727,10 +790,10 @@ def main(args: argparse.Namespace) -> None:
                 say(legend())
             print(f"{prompt}\n", flush=True)
             samples = [answer(engine, ids, args, seed=args.seed + i) | {"prompt": prompt} for i in range(args.num_samples)]
-    if args.profile:
+    if args.profile and not shard.rank:
         with written_aside(args.profile) as file:
             profiler.export_chrome_trace(str(file))
-    if args.json:
+    if args.json and not shard.rank:
         with written_aside(args.json) as file:
             file.write_text(json.dumps(samples, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shown = samples
@@ -745,5 +808,7 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
+        say(f"generate.py: {error}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -166,15 +166,31 @@ def sample(probs: Tensor, exponentials: Tensor) -> Tensor:
     return torch.argmax(probs / exponentials, -1)
 
 
+def greedy(logits: Tensor, shard=None, first_token: Tensor | int = 0) -> tuple[Tensor, Tensor]:
+    """argmax (lowest index on ties) and maximum of each row, [..., V] -> [...], [...]; a NaN is the maximum.
+
+    Over ranks (tp.Shard) logits are this rank's columns, from `first_token` of the vocabulary on: two floats a row travel.
+    """
+    best, top = logits.argmax(-1), logits.amax(-1)
+    if shard is None or shard.world == 1:
+        return best, top
+    candidates = torch.stack((top.float(), (best + first_token).float()), -1)  # [..., 2]; an index is exact, V < 2^24
+    tops, tokens = shard.gather(candidates[..., None]).unbind(-2)  # [..., world]
+    top = tops.amax(-1)
+    return torch.where(tops == top[..., None], tokens, float(1 << 24)).amin(-1).to(torch.int64), top
+
+
 def accept(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: JudgeHead | None, threshold: Tensor,
            stop_tokens: Tensor, temperature: Tensor | None = None, top_k: int | None = None, draft_probs: Tensor | None = None,
-           uniforms: Tensor | None = None, exponentials: Tensor | None = None, impl: str) -> Decision:
+           uniforms: Tensor | None = None, exponentials: Tensor | None = None, shard=None, first_token: Tensor | int = 0,
+           impl: str) -> Decision:
     """Decide one round of speculation; the rule is in the module's docstring.
 
     hidden [K+1, D], logits [K+1, V]: what the target left after [last, d_1..d_K]. draft_tokens int64 [K]. threshold float32 [].
     stop_tokens int64 [n], n >= 0: never rescued by the judge. temperature float32 [], > 0, or None for greedy; sampling needs
     draft_probs float32 [K, V] (what the draft sampled from), uniforms float32 [K] in [0, 1) and exponentials float32 [V],
-    Exp(1). impl "torch" or "triton". ValueError for a misfit.
+    Exp(1). Over ranks (shard: tp.Shard), greedy logits are this rank's columns from `first_token` on; sampling takes whole
+    rows. impl "torch" or "triton". ValueError for a misfit.
     """
     (rows, V), K = logits.shape, draft_tokens.shape[0]
     if not rows == hidden.shape[0] == K + 1 > 1:
@@ -190,11 +206,16 @@ def accept(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: JudgeH
         if top_k is not None and top_k < 1:
             raise _error("top_k", top_k, "1 or more", "pass None to keep the whole vocabulary")
     if impl == "torch":
-        return _accept_torch(hidden, logits, draft_tokens, head, threshold, stop_tokens, temperature, top_k, *sampling)
+        return _accept_torch(hidden, logits, draft_tokens, head, threshold, stop_tokens, temperature, top_k, *sampling,
+                             shard, first_token)
     if impl != "triton":
         raise _error("impl", repr(impl), "'torch' or 'triton'", "pass one of them")
     _check_triton(hidden, logits, draft_probs, draft_tokens, uniforms, exponentials)
-    stats = row_stats(hidden, logits, draft_tokens, head=head, temperature=temperature, top_k=top_k)
+    spread = shard is not None and shard.world > 1 and temperature is None
+    stats = row_stats(hidden, logits, draft_tokens, head=None if spread and shard.rank else head, temperature=temperature,
+                      top_k=top_k, vocab_offset=V * shard.rank if spread else 0)
+    if spread:
+        stats = shard.gather(stats)
     decision, cut_row = decide(stats, draft_tokens, head=head, threshold=threshold, stop_tokens=stop_tokens,
                                temperature=temperature, draft_probs=draft_probs, uniforms=uniforms)
     if temperature is not None:
@@ -203,13 +224,13 @@ def accept(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: JudgeH
 
 
 def _accept_torch(hidden, logits, draft_tokens, head, threshold, stop_tokens, temperature, top_k,
-                  draft_probs, uniforms, exponentials) -> Decision:
+                  draft_probs, uniforms, exponentials, shard, first_token) -> Decision:
     """The rule in plain torch: no host sync, no shape that depends on data, so torch.compile takes it whole."""
     K = draft_tokens.shape[0]
     logits = logits.to(_compute_dtype(logits))
-    bad = ~logits.amax(-1).isfinite()  # [K+1]; amax hands NaN on
+    best, top = greedy(logits, shard if temperature is None else None, first_token)  # [K+1]
+    bad = ~top.isfinite()
     if temperature is None:
-        best = logits.argmax(-1)  # [K+1], lowest index on ties
         exact = best[:K] == draft_tokens
     else:
         p = probs(logits, temperature, top_k)  # [K+1, V]

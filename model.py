@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,6 +183,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self.tensors = self._read_header()
+        self.bytes_read = 0  # of tensors, since the header
 
     def _read_header(self) -> dict[str, TensorInfo]:
         size = self.path.stat().st_size
@@ -229,8 +230,8 @@ class SafetensorsFile:
         return ValueError(f"{self.path}: got {got}; expected a whole safetensors file. Its download is probably "
                           "incomplete: download it again.")
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start..stop of a tensor (all of it by default), as a CPU tensor in the stored dtype."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows start..stop, and of a matrix columns[0]..columns[1], as a CPU tensor in the stored dtype (default: all)."""
         info = self.tensors[name]
         if not info.shape:
             start, stop, row_bytes, shape = 0, 1, info.nbytes, ()
@@ -239,17 +240,24 @@ class SafetensorsFile:
             assert 0 <= start <= stop <= info.shape[0], (name, start, stop, info.shape)
             row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
             shape = (stop - start, *info.shape[1:])
-        buffer = bytearray((stop - start) * row_bytes)
+        begin, run, runs = info.offset + start * row_bytes, (stop - start) * row_bytes, 1
+        if columns is not None and columns != (0, info.shape[1]):
+            assert 0 <= columns[0] <= columns[1] <= info.shape[1], (name, columns, info.shape)
+            width, size = columns[1] - columns[0], info.dtype.itemsize
+            begin, run, runs, shape = begin + columns[0] * size, width * size, stop - start, (stop - start, width)
+        buffer = bytearray(run * runs)
         if not buffer:
             return torch.empty(shape, dtype=info.dtype)
+        self.bytes_read += len(buffer)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(info.offset + start * row_bytes)
-            view, done = memoryview(buffer), 0
-            while done < len(buffer):  # one read may return less than was asked for (2 GB limit, signals)
-                count = file.readinto(view[done:])
-                if not count:
-                    raise self._broken(f"end of file inside {name}")
-                done += count
+            for i in range(runs):
+                file.seek(begin + i * row_bytes)
+                view = memoryview(buffer)[i * run:(i + 1) * run]
+                while view:  # one read may return less than was asked for (2 GB limit, signals)
+                    count = file.readinto(view)
+                    if not count:
+                        raise self._broken(f"end of file inside {name}")
+                    view = view[count:]
         return torch.frombuffer(buffer, dtype=info.dtype).view(shape)
 
 
@@ -294,18 +302,23 @@ class Checkpoint:
                              f"(it has {len(self.weight_map)} others). Download the directory again.")
         return self.files[self.weight_map[name]].tensors[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start..stop of a tensor, on the CPU, in the stored dtype."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows start..stop (and columns) of a tensor, on the CPU, in the stored dtype."""
         self.info(name)
-        return self.files[self.weight_map[name]].read(name, start, stop)
+        return self.files[self.weight_map[name]].read(name, start, stop, columns)
 
-    def chunks(self, name: str, nbytes: int = READ_CHUNK_BYTES) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) in pieces of at most nbytes (but at least one row)."""
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self.files.values())
+
+    def chunks(self, name: str, nbytes: int = READ_CHUNK_BYTES, rows: tuple[int, int] | None = None,
+               columns: tuple[int, int] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(row, counted from the first asked for, rows) in pieces of at most nbytes (but at least one row)."""
         info = self.info(name)
-        rows = info.shape[0] if info.shape else 1
-        step = max(1, nbytes * rows // max(info.nbytes, 1))
-        for start in range(0, rows, step):
-            yield start, self.read(name, start, min(start + step, rows))
+        first, last = rows or (0, info.shape[0] if info.shape else 1)
+        step = max(1, nbytes * (info.shape[0] if info.shape else 1) // max(info.nbytes, 1))
+        for start in range(first, last, step):
+            yield start - first, self.read(name, start, min(start + step, last), columns)
 
 
 def rope_inv_freq(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -335,7 +348,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] · weightᵀ [..., out] for weight [out, in] in x's dtype, by the fastest route that torch has for it as stored.
+    """x [..., in] · weightᵀ [..., out] for weight [out, in] in x's dtype, by torch's fastest route for it as stored.
 
     On a CPU, for one pass over the 37 MB of the bundled target's layers in float32 (2 threads of an AMD EPYC): a row
     costs 3.6 ms in F.linear and 1.5 ms as a multiply-and-sum that Inductor fuses, which is the memory limit; 17 rows cost
@@ -408,16 +421,58 @@ class KVCache(nn.Module):
         return self.k[:batch], self.v[:batch]
 
 
+class Whole:
+    """A process that holds whole models. tp.Shard has the same face, and one rank's part of them."""
+
+    rank, world = 0, 1
+
+    def check_config(self, config: ModelConfig, what: str) -> None:
+        """ValueError where such a model cannot be spread over the ranks."""
+
+    def cut(self, source: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """(rows, columns) of a checkpoint's tensor that this rank holds; None: all columns."""
+        return (0, shape[0]), None
+
+    def apply(self, model: Transformer, cuts: dict) -> None:
+        """Give a model on the meta device this rank's sizes."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' x, side by side along the last dimension."""
+        return x
+
+    def agree(self, stop: bool) -> bool:
+        """Whether to stop here, as rank 0 says."""
+        return stop
+
+    def same(self, tokens: list[int]) -> None:
+        """In debugging, RuntimeError unless all ranks have the same tokens."""
+
+    def from_first(self, value: object) -> object:
+        """Rank 0's value."""
+        return value
+
+
+WHOLE = Whole()
+
+
 class Attention(nn.Module):
     """Grouped-query attention. The G query heads that share a key head are folded into the row dimension of the query
     ([B, Hkv, G·S, Dh]), so that keys and values are read once and never repeated."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
+        self.head_dim, self.shard = config.head_dim, WHOLE
+        self.qkv_proj = Linear(config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * self.head_dim)
+        self.o_proj = Linear(config.num_heads * self.head_dim, config.hidden_size)
         self.cache: KVCache | None = None
+
+    # From the weights, which may be one rank's part.
+    heads = property(lambda self: self.o_proj.weight.shape[1] // self.head_dim)
+    kv_heads = property(lambda self: (self.qkv_proj.weight.shape[0] // self.head_dim - self.heads) // 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, input_pos: Tensor | None) -> Tensor:
         B, S, _ = x.shape
@@ -430,7 +485,7 @@ class Attention(nn.Module):
         q = q.reshape(B, self.kv_heads, group * S, self.head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(group, 1))
         y = y.reshape(B, self.heads, S, self.head_dim).transpose(1, 2).reshape(B, S, -1)
-        return self.o_proj(y)
+        return self.shard.all_reduce(self.o_proj(y))
 
 
 class FeedForward(nn.Module):
@@ -440,10 +495,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.shard = WHOLE
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.shard.all_reduce(self.down_proj(F.silu(gate) * up))
 
 
 class Block(nn.Module):
@@ -473,18 +529,23 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.shard: Whole = WHOLE
+        self.register_buffer("first_token", torch.zeros((), dtype=torch.int64), persistent=False)  # of this rank's vocabulary
         self.max_seq_length = 0
         self.cached: list[int] = []  # tokens whose rows in the caches are right; kept by who runs the model
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype | None = None) -> Transformer:
+    def from_checkpoint(cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+                        shard: Whole = WHOLE, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """Load a Hugging Face directory as downloaded; dtype defaults to the one that its config names.
 
-        Every tensor's presence and shape is checked before the first byte of a weight is read. Raises FileNotFoundError
-        or ValueError (not a directory, no config, not Llama, missing shard or tensor, contradicting shape, pickles).
+        Of a model that is spread over ranks (tp.py) only this rank's part is read. progress(bytes read, bytes in all) is
+        called as reading goes on. Every tensor's presence and shape is checked before the first byte of a weight is read.
+        Raises FileNotFoundError or ValueError (not a directory, no config, not Llama, missing shard or tensor,
+        contradicting shape, pickles, a number of ranks that does not divide the model).
         """
         config = ModelConfig.from_checkpoint(path)
+        shard.check_config(config, str(path))
         checkpoint = Checkpoint(path)
         with torch.device("meta"):
             model = cls(config).to(dtype or config.dtype)
@@ -495,20 +556,30 @@ class Transformer(nn.Module):
         sources = {name: checkpoint_names(name, config, int8=p.dtype is torch.int8) for name, p in model.named_parameters()}
         for name, parameter in model.named_parameters():
             check_shapes(checkpoint, sources[name], name, parameter, config)
+        cuts = {name: [shard.cut(source, checkpoint.info(source).shape, config) for source in names]
+                for name, names in sources.items()}
+        shard.apply(model, cuts)
         model = model.to_empty(device=device)
         if config.tie_word_embeddings:  # to_empty unties
             model.lm_head.weight = model.embed_tokens.weight
+        done, total = 0, sum(p.nbytes for p in model.parameters())
         with torch.no_grad():
             for buffer in model.buffers():
                 buffer.zero_()
+            model.first_token.fill_(shard.rank * model.embed_tokens.weight.shape[0])
             for name, parameter in model.named_parameters():
                 row = 0
-                for source in sources[name]:
-                    for start, rows in checkpoint.chunks(source):
+                for source, (taken, columns) in zip(sources[name], cuts[name]):
+                    for start, rows in checkpoint.chunks(source, rows=taken, columns=columns):
                         if parameter.dtype is torch.int8:
                             rows = unpack(rows, parameter.shape[1])
-                        parameter[row + start:row + start + rows.shape[0]].copy_(rows.view(-1, *parameter.shape[1:]))
-                    row += checkpoint.info(source).shape[0]
+                        part = parameter[row + start:row + start + rows.shape[0]]
+                        part.copy_(rows.view(part.shape))
+                        done += part.nbytes
+                        if progress:
+                            progress(done, total)
+                    row += taken[1] - taken[0]
+        model.bytes_read = checkpoint.bytes_read
         return model.requires_grad_(False).eval()
 
     device = property(lambda self: self.embed_tokens.weight.device)
@@ -546,13 +617,21 @@ class Transformer(nn.Module):
         else:
             cos, sin = self.cos[input_pos], self.sin[input_pos]
             mask = self.rows <= input_pos[:, None]  # [S, T]
-        x = self.embed_tokens(tokens)
+        x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, input_pos)
         return x
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] -> [B, S, D]; over ranks each one looks up its part of the vocabulary, and zeros elsewhere."""
+        if self.shard.world == 1:
+            return self.embed_tokens(tokens)
+        local, size = tokens - self.first_token, self.embed_tokens.weight.shape[0]
+        elsewhere = (local < 0) | (local >= size)
+        return self.shard.all_reduce(self.embed_tokens(local.clamp(0, size - 1)).masked_fill(elsewhere[..., None], 0))
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] before the final norm -> logits [..., V] in the model's dtype."""
+        """hidden [..., D] before the final norm -> logits [..., V] in the model's dtype (V: of this rank)."""
         return self.lm_head(self.norm(hidden))
 
 

@@ -20,14 +20,16 @@ accepts stays anyway. Validation (whole questions) chooses epoch and threshold: 
 
     python train_head.py --checkpoint_path Llama-3.1-70B-Instruct --data answers.jsonl
     python train_head.py --checkpoint_path checkpoints/demo/target --data answers.jsonl --negatives onward --json report.json
+    torchrun --standalone --nproc_per_node=8 train_head.py …     # hidden states by all ranks, the head by the first
 
-Shapes: S tokens, R response tokens, N labelled tokens (in memory as float32), D model dim. One process; it makes no labels.
+Shapes: S tokens, R response tokens, N labelled tokens (in memory as float32), D model dim. It makes no labels.
 """
 
 import argparse
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -38,9 +40,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from generate import DTYPES, check_writable, encode_prompt, pick_device, pick_dtype
-from judge import FEATURE, JudgeHead, written_aside
-from model import Checkpoint, ModelConfig, SafetensorsFile, Transformer
+import tp
+from generate import check_writable, encode_prompt, pick_device, pick_dtype, say
+from judge import FEATURE, JudgeHead, greedy, written_aside
+from model import DTYPES, WHOLE, Checkpoint, ModelConfig, SafetensorsFile, Transformer, Whole
 from tokenizer import Tokenizer
 
 try:
@@ -128,27 +131,35 @@ def hidden_states(model: Transformer, answers: list[Answer]) -> tuple[Tensor, Te
     parts = []
     for states, ids, answer in zip(model(tokens), tokens, answers):  # [S, D], [S]
         start, stop = answer.prompt_tokens, len(answer.ids)
-        proposed = model.logits(states[start - 1:stop - 1]).argmax(-1)  # by the row before each token
+        logits = model.logits(states[start - 1:stop - 1])  # of the row before each token
+        proposed, _ = greedy(logits, model.shard, model.first_token)
         parts.append((states[start:stop].cpu(), (proposed != ids[start:stop]).cpu()))
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def load_features(answers: list[Answer], path: Path, *, cache: Path, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """hidden [N, D] and rejected bool [N] of all labelled tokens, on the CPU; computes the shards that `cache` lacks."""
+def load_features(answers: list[Answer], path: Path, *, cache: Path, device: torch.device, dtype: torch.dtype,
+                  shard: Whole = WHOLE) -> list[Tensor]:
+    """hidden [N, D] and rejected bool [N] of all labelled tokens, on the CPU; computes the shards that `cache` lacks.
+
+    Over ranks (tp.Shard) all compute, and the first alone reads and writes the cache; the others get nothing.
+    """
     stats = {name: file.path.stat() for name, file in Checkpoint(path).files.items()}
     key = f"{FEATURE} {dtype} {[(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]}"
-    key += "".join(part.read_text("utf-8") for part in (path / "config.json", ROOT / "model.py"))
+    key += "".join(part.read_text("utf-8") for part in (path / "config.json", ROOT / "model.py", ROOT / "quantize.py"))
     model, parts = None, []
-    for i in tqdm(range(0, len(answers), SHARD_ANSWERS), desc="hidden states", unit=" shards"):
-        shard = answers[i:i + SHARD_ANSWERS]
-        tokens = json.dumps([key, [(answer.prompt_tokens, answer.ids) for answer in shard]])
+    for i in tqdm(range(0, len(answers), SHARD_ANSWERS), desc="hidden states", unit=" shards", disable=shard.rank > 0):
+        some = answers[i:i + SHARD_ANSWERS]
+        tokens = json.dumps([key, [(answer.prompt_tokens, answer.ids) for answer in some]])
         file = cache / f"{hashlib.sha256(tokens.encode()).hexdigest()}.safetensors"
-        if not file.is_file():
-            model = model or Transformer.from_checkpoint(path, device=device, dtype=dtype)
-            hidden, rejected = hidden_states(model, shard)
-            with written_aside(file) as aside:
-                save_file({"hidden": hidden, "rejected": rejected}, aside)
-        labelled = torch.tensor([label != LEFT_OUT for answer in shard for label in answer.labels])
+        if not shard.from_first(file.is_file()):
+            model = model or Transformer.from_checkpoint(path, device=device, dtype=dtype, shard=shard)
+            hidden, rejected = hidden_states(model, some)
+            if shard.rank == 0:
+                with written_aside(file) as aside:
+                    save_file({"hidden": hidden, "rejected": rejected}, aside)
+        if shard.rank:
+            continue
+        labelled = torch.tensor([label != LEFT_OUT for answer in some for label in answer.labels])
         parts.append([SafetensorsFile(file).read(name)[labelled] for name in ("hidden", "rejected")])
     return list(map(torch.cat, zip(*parts)))
 
@@ -263,7 +274,10 @@ def main(args: argparse.Namespace) -> None:
     for path in (output, picture, args.json):
         check_writable(path)
     Path(args.cache).mkdir(parents=True, exist_ok=True)
-    dtype = pick_dtype(args.dtype, config, device := pick_device(args.device))
+    ranks = tp.under_torchrun()
+    dtype = pick_dtype(args.dtype, config, device := tp.rank_device(args.device) if ranks else pick_device(args.device))
+    if ranks:
+        tp.check_world(config, int(os.environ["WORLD_SIZE"]), str(checkpoint))
     answers = read_answers(args.data, tokenizer, context=config.max_position_embeddings, negatives=args.negatives)
     held = split_questions({answer.question for answer in answers}, share=args.validation, seed=args.seed)
     rows = [(label, answer.question in held) for answer in answers for label in answer.labels if label != LEFT_OUT]
@@ -273,7 +287,12 @@ def main(args: argparse.Namespace) -> None:
         if len(part.unique()) < 2:
             raise ValueError(f"{args.data}: got {(part == CORRECT).sum()} correct and {(part == WRONG).sum()} mistaken tokens in "
                              f"{name}, expected some of both; give more answers, with errors and without, or another --seed")
-    hidden, rejected = load_features(answers, checkpoint, cache=Path(args.cache), device=device, dtype=dtype)
+    shard = tp.start(device) if ranks else WHOLE
+    features = load_features(answers, checkpoint, cache=Path(args.cache), device=device, dtype=dtype, shard=shard)
+    tp.stop()
+    if shard.rank:
+        return  # the head is one rank's work
+    hidden, rejected = features
     weight, bias, epoch, loss = fit(hidden, labels, train, validation, lr=args.lr, weight_decay=args.weight_decay, seed=args.seed,
                                     batch_size=args.batch_size, epochs=args.epochs, device=device)
     scores, seen, among = torch.sigmoid(hidden[validation].float() @ weight[0] + bias), labels[validation], rejected[validation]
@@ -296,5 +315,5 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        print(f"train_head.py: {error}", file=sys.stderr)
+        say(f"train_head.py: {error}")
         sys.exit(2)
