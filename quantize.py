@@ -102,7 +102,8 @@ def check_layout(raw: dict, where: str) -> None:
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [R, K], floating -> int8 [R, K] within ±127, scale bfloat16 [R, 1]; |w - int8 * scale| <= scale / 2.
 
-    The scale is rounded to bfloat16 first and then divided by, in float32. A channel of zeros gets scale 1. ValueError
+    The scale is rounded to bfloat16 first and then divided by, in float32: that never rounds to the wrong side of a half
+    step, as half steps times a scale of 8 bits are float32 numbers themselves. A channel of zeros gets scale 1. ValueError
     names the first row that holds NaN or infinity.
     """
     weight = weight.float()

@@ -87,14 +87,14 @@ def take_turns(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str
     return {name: values[1:] for name, values in times.items()}
 
 
-def bandwidth(device: torch.device, nbytes: int, repeats: int = 20) -> float:
-    """Bytes a second: on a GPU read plus written by a device copy of 2 GB, on a CPU a multi-threaded read of `nbytes`."""
+def bandwidth(device: torch.device, repeats: int = 20) -> float:
+    """Bytes a second: on a GPU read plus written by a device copy of 2 GB, on a CPU read by all threads, beyond the caches."""
     if device.type == "cuda":
         source = torch.empty(2 << 30, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         measure, moved = timer(device, lambda _: target.copy_(source), 4), 2 * source.nbytes
     else:
-        buffer = torch.ones(nbytes // 8, dtype=torch.int64)
+        buffer = torch.ones(ROTATION_BYTES["cpu"] // 8, dtype=torch.int64)
         measure, moved = timer(device, lambda _: buffer.sum(), 4), buffer.nbytes
     return moved / statistics.median(take_turns({"copy": measure}, repeats)["copy"])
 
@@ -103,7 +103,7 @@ def layer_ways(shape: tuple[int, int], M: int, device: torch.device, dtype: torc
                names: list[str]) -> dict[str, Callable[[], float]]:
     """A timer for each way of `names` to multiply x [M, in] by a weight of `shape` (out, in)."""
     (N, K), gpu = shape, device.type == "cuda"
-    copies = max(2, min(64, -(-ROTATION_BYTES[device.type] // (N * K))))
+    copies = max(2, -(-ROTATION_BYTES[device.type] // (N * K)))
     linears = [torch.nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(copies)]
     layers = [Int8Linear.from_linear(linear) for linear in linears]
     x = torch.randn(M, K, device=device, dtype=dtype)
@@ -206,7 +206,7 @@ def run_int8(args: argparse.Namespace) -> None:
     shapes = SHAPES if gpu else CPU_SHAPES
     if args.models:
         shapes = {name: SHAPES[name] for name in args.models}
-    peak = bandwidth(device, sum(N * K for N, K in SHAPES["demo"].values()) * 8)
+    peak = bandwidth(device)
     print(f"{machine(device)['device']}: {'copy' if gpu else 'read'} bandwidth {peak / 1e9:.0f} GB/s, x in {dtype}")
     layers = measure_layers(shapes, args.rows, ["int8", *args.ways], device, dtype, peak=peak, repeats=args.repeats)
     print_layers(layers)

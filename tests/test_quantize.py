@@ -74,18 +74,21 @@ def python(*arguments, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_weight_is_rounded_to_the_nearest_step(dtype):
     limits = torch.finfo(dtype)
-    weight = torch.randn(10, 203, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(11, 203, generator=torch.Generator().manual_seed(0))
     weight[1, 5] *= 1000
     weight[2:5] = 0
     weight[3, 7], weight[4, 8] = limits.max, -limits.max
     weight[5] *= limits.smallest_normal  # half of it subnormal
     weight[6] = limits.smallest_normal * torch.linspace(-0.9, 0.9, 203)
     weight[7] *= limits.max / 8
+    steps = (torch.arange(203) - 101) * 1.253  # peak 127 times a scale of 253 / 256; next to half steps on either side
+    weight[10] = (steps.trunc() + 0.5) * (253 / 256) * (1 + torch.tensor([-1, 0, 1]).repeat(68)[:203] * 2**-23)
+    weight[10, 0] = 127 * 253 / 256
     weight = weight.to(dtype)
     w8, scale = quantize_rows(weight)
-    assert (w8.dtype, scale.dtype, scale.shape) == (torch.int8, torch.bfloat16, (10, 1))
+    assert (w8.dtype, scale.dtype, scale.shape) == (torch.int8, torch.bfloat16, (11, 1))
     error = (weight.double() - w8.double() * scale.double()).abs() / scale.double()
-    assert (error <= 0.5 + 127 * 2**-24).all()  # the quotient, up to 127, is a float32; cutting it off gives 1.0
+    assert (error <= 0.5 * (1 + 1e-6)).all()  # cutting the quotient off gives 1.0
     assert w8.min() >= -127 and w8[2].eq(0).all() and scale[2] == 1
 
 
