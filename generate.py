@@ -635,7 +635,7 @@ def load_model(path: Path, setup: Setup, shard: Whole) -> Transformer:
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB of host memory at most"
         if setup.device.type == "cuda":
             peak += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU's"
-        lines = shard.everyone(f"rank {shard.rank}: {model.bytes_read / 1e9:.3f} GB of {path.name} read in "
+        lines = shard.everyone(f"rank {shard.rank}: {model.bytes_read / 1e6:,.1f} MB of {path.name} read in "
                                f"{time.perf_counter() - start:.1f} s, {peak}")
         say("\n".join(lines))
     return model

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from test_train_head import write_answers
 
 import tp
+import train_head
 from generate import DEMO, Engine
 from judge import JudgeHead
 from model import ModelConfig, Transformer
@@ -200,7 +202,7 @@ def test_command_line_on_the_bundled_pair(nproc, options, tmp_path):
     (sample,) = json.loads((tmp_path / "out.json").read_text())
     assert sample["world_size"] == nproc and sample["rule"] == "judge"
     assert out.count(sample["text"].strip()) == 1 and out.count("target alone") == 1  # one rank prints
-    assert len(re.findall(r"rank \d+: [\d.]+ GB of target read in", err)) == nproc
+    assert len(re.findall(r"rank \d+: [\d,.]+ MB of target read in", err)) == nproc
     assert "destroy_process_group" not in err and "leaked" not in err
     target, draft = (Transformer.from_checkpoint(DEMO / name, dtype=torch.float32) for name in ("target", "draft"))
     engine = Engine(target, draft, JudgeHead.load(DEMO / "judge.safetensors"))
@@ -208,6 +210,23 @@ def test_command_line_on_the_bundled_pair(nproc, options, tmp_path):
     from tokenizer import Tokenizer
     ids = encode_prompt(Tokenizer.from_checkpoint(DEMO / "target"), DEMO_PROMPT, raw=False, system=None)
     assert sample["tokens"] == [token for block in engine.generate(ids, max_new_tokens=24) for token in block.tokens]
+
+
+def test_training_over_ranks_gives_the_head_of_one_process(tiny_checkpoint, tmp_path):
+    """One rank writes one head; it is the one that a single process trains, but for the rounding of the hidden states."""
+    data = write_answers(tmp_path / "answers.jsonl", questions=12)
+    directory, heads = tiny_checkpoint(**SIZES), {}
+    for name in ("ranks", "alone"):
+        command = ["train_head.py", "--checkpoint_path", str(directory), "--data", str(data), "--epochs", "3", "--lr", "0.01",
+                   "--dtype", "float32", "--cache", str(tmp_path / name), "--output", str(tmp_path / f"{name}.safetensors")]
+        if name == "ranks":
+            out, err = finished(torchrun(*command), 120)
+            assert out.count("wrote") == 1 and "destroy_process_group" not in err
+        else:
+            train_head.main(train_head.parse_args(command[1:]))
+        heads[name] = JudgeHead.load(tmp_path / f"{name}.safetensors")
+    assert heads["ranks"].threshold == heads["alone"].threshold
+    torch.testing.assert_close(heads["ranks"].weight, heads["alone"].weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -236,7 +255,7 @@ def test_errors_come_once_and_before_weights():
     process = torchrun("generate.py", "--no-compile", nproc=3)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and err.count("got 3 ranks, which do not divide query heads 8") == 1
-    assert "GB of target read" not in err
+    assert "MB of target read" not in err
 
 
 def test_two_agents_on_one_machine(tmp_path):
