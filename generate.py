@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import shutil
 import sys
 import sysconfig
@@ -632,6 +631,8 @@ def load_model(path: Path, setup: Setup, shard: Whole) -> Transformer:
 
         model = Transformer.from_checkpoint(path, device=setup.device, dtype=setup.dtype, shard=shard, progress=progress)
     if shard.world > 1:
+        import resource  # here: Unix alone has it
+
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB of host memory at most"
         if setup.device.type == "cuda":
             peak += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU's"
