@@ -259,13 +259,14 @@ def test_errors_come_once_and_before_weights():
 
 
 def test_two_agents_on_one_machine(tmp_path):
-    """torchrun --nnodes=2 as on two machines, over loopback."""
-    port = free_port()
+    """torchrun --nnodes=2 as on two machines, over loopback. They meet at a store of ours: the agent that hosts it may leave
+    first, and torchrun then takes the other one's last heartbeat for a failure."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agents = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-         f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=gavel", "--local_addr=127.0.0.1", "generate.py", "--no-compile",
-         "--max_new_tokens", "8", "--json", str(tmp_path / "out.json")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+         f"--rdzv_endpoint=127.0.0.1:{store.port}", "--rdzv_conf=is_host=0", "--rdzv_id=gavel", "--local_addr=127.0.0.1",
+         "generate.py", "--no-compile", "--max_new_tokens", "8", "--json", str(tmp_path / "out.json")], cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for agent in agents:
         finished(agent, 120)
     assert json.loads((tmp_path / "out.json").read_text())[0]["world_size"] == 2
