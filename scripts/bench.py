@@ -1,26 +1,31 @@
-"""Benchmarks: what a kernel or a pass takes, beside its rivals and beside the memory limit measured in the same run.
+"""Benchmarks: what gavel takes, beside its rivals and beside the memory limit measured in the same run.
 
-`int8` times y = (x · w8ᵀ) · scale for the layer shapes of Llama-3.1 (one eighth of 405B: a rank's share at eight), beside
-torch's bfloat16 layer, Inductor max-autotune on the same int8 weight, and dequantise-then-matmul; then whole passes of the
-bundled target, one row and K+1 rows, in int8 and as stored. Ways take turns in one run, on weights that rotate through more
-memory than the caches hold; medians and quartiles; a table, and all of it as one JSON line last. On a GPU a way's calls are
-one CUDA graph. GB/s counts the bytes that a way must read: each weight byte once (2 a weight in bfloat16), and x and y once.
+    pair     a draft and a target: every rule, and transformers on the same weights, prompt by prompt in turns
+    limit    draft step, target step and verify of K+1 rows against the time to read their weights once
+    kernel   the acceptance rule's fused kernel beside its torch reference, eager and compiled
+    long     decoding against the length in use, and against the length allocated
+    scale    random weights in the shapes of Llama-3.1-8B, 70B and a rank's share of 405B: whole rounds at a forced acceptance
+    start    seconds until an engine of such shapes is ready (scale runs it twice, for a cold and a warm start)
+    int8     int8 layers and passes beside their rivals
 
-    python scripts/bench.py int8                                   # this machine's own: GPU, or CPU with small shapes
-    python scripts/bench.py int8 --json benchmarks/int8_h200.json
+Every run prints a table, and all of it as one JSON line last, with the machine, versions and commit. Ways that are compared
+take turns in one run; figures are medians, with quartiles. On a GPU a way's calls are one CUDA graph; what needs a GPU says so
+on a CPU. `bench.py COMMAND --help` explains each.
+
+    python scripts/bench.py pair                                   # the bundled pair on its held-out problems
+    python scripts/bench.py limit --json benchmarks/limit_cpu.json
+    python scripts/bench.py scale --models 70B-int8 --speculate_k 25 --force_accepted 19       # a GPU, no checkpoint
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
+import copy
+import dataclasses
+import inspect
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,10 +36,28 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generate import DEMO, check_writable, compiled, pick_device, pick_dtype, setup_compiler, verify  # noqa: E402
-from judge import written_aside  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
+from generate import DEMO, Engine, compiled, pick_dtype, setup_compiler, verify  # noqa: E402
+from judge import JudgeHead, accept, probs  # noqa: E402
+from model import DTYPES, ModelConfig, Transformer  # noqa: E402
 from quantize import Int8Linear, int8_linear_cpu, quantize_checkpoint  # noqa: E402
+from scripts import bench_pair, bench_scale  # noqa: E402
+from scripts.bench_tools import (  # noqa: E402
+    NOT_MEASURED,
+    ROTATION_BYTES,
+    Steps,
+    bandwidth,
+    bandwidth_timer,
+    cache_bytes,
+    finish,
+    machine,
+    quartiles,
+    random_model,
+    spread,
+    start,
+    take_turns,
+    timer,
+    weight_bytes,
+)
 
 ROWS = (1, 2, 4, 8, 16, 25, 32, 64)
 # (out, in) of the matrices of one pass: q, k, v stacked; output; gate and up stacked; down; LM head.
@@ -47,56 +70,12 @@ SHAPES = {
 }
 CPU_SHAPES = {"demo": SHAPES["demo"], "8B": {"o": SHAPES["8B"]["o"]}}
 WAYS = ("int8", "bf16", "inductor", "dequantise")
-ROTATION_BYTES = {"cuda": 400 << 20, "cpu": 128 << 20}  # several times the last cache of an H200, of an EPYC
-NOT_MEASURED = "not measured: no GPU was at hand"
-
-
-def timer(device: torch.device, run: Callable[[int], object], calls: int) -> Callable[[], float]:
-    """A function that runs run(0) to run(calls - 1) and returns the seconds per call; on a GPU as one CUDA graph."""
-    for i in range(3):
-        run(i % calls)
-    if device.type == "cpu":
-        def measure() -> float:
-            start = time.perf_counter()
-            for i in range(calls):
-                run(i)
-            return (time.perf_counter() - start) / calls
-        return measure
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            run(i)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def measure() -> float:
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000 / calls
-    return measure
-
-
-def take_turns(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, one measurement a turn, the first turn dropped."""
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(repeats + 1):
-        for name, measure in timers.items():
-            times[name].append(measure())
-    return {name: values[1:] for name, values in times.items()}
-
-
-def bandwidth(device: torch.device, repeats: int = 20) -> float:
-    """Bytes a second: on a GPU read plus written by a device copy of 2 GB, on a CPU read by all threads, beyond the caches."""
-    if device.type == "cuda":
-        source = torch.empty(2 << 30, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        measure, moved = timer(device, lambda _: target.copy_(source), 4), 2 * source.nbytes
-    else:
-        buffer = torch.ones(ROTATION_BYTES["cpu"] // 8, dtype=torch.int64)
-        measure, moved = timer(device, lambda _: buffer.sum(), 4), buffer.nbytes
-    return moved / statistics.median(take_turns({"copy": measure}, repeats)["copy"])
+# K, V, D of one round: the paper's longest at 405B, the same on 70B, a short one; what a CPU can turn over.
+KERNEL_SHAPES = {"cuda": ((25, 128256, 16384), (25, 128256, 8192), (8, 128256, 8192)),
+                 "cpu": ((16, 864, 320), (8, 16032, 4096))}
+KERNEL_MODES = ("greedy", "sampled", "top_k")
+TOP_K = 50
+MAX_COPIES = 256
 
 
 def layer_ways(shape: tuple[int, int], M: int, device: torch.device, dtype: torch.dtype,
@@ -166,29 +145,6 @@ def measure_passes(device: torch.device, dtype: torch.dtype, rows: tuple[int, ..
     return entries
 
 
-def machine(device: torch.device) -> dict:
-    """What the figures were measured on."""
-    import triton
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-        name += f", {os.cpu_count()} cores"
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
-            "commit": commit or "no git repository"}
-
-
-def finish(report: dict, path: str | None) -> None:
-    """The report as one line, last; indented to a file where one was asked for."""
-    if path:
-        with written_aside(path) as file:
-            file.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
-
-
 def print_layers(entries: list[dict]) -> None:
     ways = [way for way in WAYS if way in entries[0]]
     print(f"\n{'model':<8}{'matrix':<10}{'out x in':>15}{'rows':>6}" + "".join(f"{way + ' us':>15}" for way in ways)
@@ -199,8 +155,12 @@ def print_layers(entries: list[dict]) -> None:
 
 
 def run_int8(args: argparse.Namespace) -> None:
-    check_writable(args.json)
-    device = pick_device(args.device)
+    """y = (x · w8ᵀ) · scale for the layer shapes of Llama-3.1 (one eighth of 405B: a rank's share at eight), beside torch's
+    bfloat16 layer, Inductor max-autotune on the same int8 weight, and dequantise-then-matmul; then whole passes of the bundled
+    target, one row and K+1 rows, in int8 and as stored. Weights rotate through more memory than the caches hold. GB/s counts
+    the bytes that a way must read: each weight byte once (2 a weight in bfloat16), and x and y once.
+    """
+    device = start(args)
     dtype = pick_dtype(args.dtype, ModelConfig.from_checkpoint(DEMO / "target"), device)
     gpu = device.type == "cuda"
     shapes = SHAPES if gpu else CPU_SHAPES
@@ -222,20 +182,308 @@ def run_int8(args: argparse.Namespace) -> None:
     finish(report, args.json)
 
 
+def load(path: str | None, name: str | None, bundled: Path, device: torch.device, dtype: str | None) -> tuple[Transformer, str]:
+    """A checkpoint, random weights in the shapes of `name`, or the bundled model: (model, what to call it)."""
+    if path and name:
+        raise ValueError(f"got both the checkpoint {path} and random weights {name}; give one of them")
+    if name:
+        return random_model(name, device), f"{name}, random weights"
+    where = Path(path or bundled)
+    kind = pick_dtype(dtype, ModelConfig.from_checkpoint(where), device)
+    model = Transformer.from_checkpoint(where, device=device, dtype=kind)
+    return model, path or f"bundled {where.name}"
+
+
+@torch.no_grad()
+def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int, repeats: int,
+                  compile: bool) -> tuple[dict, list[dict]]:
+    """Bandwidth by model, and an entry a step: draft step, target step, verify of K+1 rows. All take turns in one run."""
+    device = models["target"].device
+    steps = Steps(length, -(-(length + max(*ks, 16) + 1) // 128) * 128, compile=compile)
+    if device.type == "cuda":
+        reads = dict.fromkeys(models, bandwidth_timer(device, 0))  # one copy will do
+    else:
+        reads = {name: bandwidth_timer(device, weight_bytes(model)) for name, model in models.items()}
+    timers = {f"read {name}": measure for name, (measure, _) in reads.items()}
+    rows = {"draft step": ("draft", 1), "target step": ("target", 1)} | {f"verify {k + 1} rows": ("target", k + 1) for k in ks}
+    for name, (model, count) in tqdm(rows.items(), desc="compile", unit=" steps"):
+        if name.startswith("verify"):
+            timers[name] = steps.verify(models[model], count)
+        else:
+            timers[name] = steps.draft(models[model]) if model == "draft" else steps.decode(models[model])
+    times = take_turns(timers, repeats)
+    speeds = {name: moved / statistics.median(times[f"read {name}"]) for name, (_, moved) in reads.items()}
+    entries = []
+    for name, (model, count) in rows.items():
+        moved = weight_bytes(models[model]), cache_bytes(models[model], length + count)
+        entry = {"step": name, "rows": count, "weight_bytes": moved[0], "cache_bytes": moved[1],
+                 "ceiling_ms": 1e3 * sum(moved) / speeds[model], **spread(times[name], "ms")}
+        entry["share"] = entry["ceiling_ms"] / entry["ms"]
+        if model == "target":
+            entry["to_target_step"] = statistics.median(a / b for a, b in zip(times[name], times["target step"]))
+        entries.append(entry)
+    measured = {}
+    for name, (_, moved) in reads.items():
+        low, median, high = quartiles(times[f"read {name}"])
+        measured[name] = {"gb_per_s": moved / median / 1e9, "gb_per_s_quartiles": [moved / high / 1e9, moved / low / 1e9]}
+    return measured, entries
+
+
+def run_limit(args: argparse.Namespace) -> None:
+    """Measured bandwidth, bytes of a step (weights read once, and the cache rows in use), the time that takes at least (the
+    ceiling), the time the compiled step takes, and the share reached; verify of K+1 rows beside one step of the target. All
+    take turns in one run. Bandwidth is a device copy of 2 GB, read plus written; on a CPU all threads read a buffer of the
+    size of the model's weights, so that both lie in the same cache or beyond it.
+    """
+    device = start(args)
+    if min(args.speculate_k) < 1 or args.length < 1:
+        raise ValueError(f"got K {min(args.speculate_k)} and length {args.length}, expected 1 or more")
+    target, target_name = load(args.checkpoint_path, args.model, DEMO / "target", device, args.dtype)
+    draft, draft_name = load(args.draft_checkpoint_path, args.draft, DEMO / "draft", device, args.dtype)
+    speeds, entries = measure_limit({"draft": draft, "target": target}, args.speculate_k, length=args.length,
+                                    repeats=args.repeats, compile=args.compile)
+    about = machine(device)
+    moved = "copied" if device.type == "cuda" else "read, in a buffer of the size of its weights"
+    dtype = str(target.dtype).removeprefix("torch.")
+    print(f"{about['device']}, {about['threads']} threads, {dtype}, {args.length} positions in use")
+    for name, label in (("draft", draft_name), ("target", target_name)):
+        print(f"{name}: {label}, {speeds[name]['gb_per_s']:.1f} GB/s {moved}")
+    print(f"\n{'step':<16}{'MB':>9}{'ceiling ms':>12}{'ms':>9}{'quartiles':>18}{'share':>7}{'to target step':>16}")
+    for e in entries:
+        low, high = e["ms_quartiles"]
+        print(f"{e['step']:<16}{(e['weight_bytes'] + e['cache_bytes']) / 1e6:9.1f}{e['ceiling_ms']:12.3f}{e['ms']:9.3f}"
+              f"{f'{low:.3f} to {high:.3f}':>18}{e['share']:7.0%}"
+              + (f"{e['to_target_step']:16.2f}" if "to_target_step" in e else ""))
+    finish({"machine": about, "dtype": dtype, "compiled": args.compile, "target": target_name, "draft": draft_name,
+            "length": args.length, "bandwidth": speeds, "steps": entries}, args.json)
+
+
+def acceptance_inputs(shape: tuple[int, int, int], mode: str, device: torch.device,
+                      dtype: torch.dtype) -> tuple[tuple, dict, int]:
+    """(tensors, options, bytes the rule must read) of one judge.accept; half of the draft tokens are the target's own."""
+    K, V, D = shape
+    hidden, logits = torch.randn(K + 1, D, device=device, dtype=dtype), 2 * torch.randn(K + 1, V, device=device, dtype=dtype)
+    drafted = logits[:K].argmax(-1)
+    drafted[K // 2:] = torch.randint(V, (K - K // 2,), device=device)
+    head = JudgeHead(torch.randn(1, D) / D**0.5, torch.zeros(1), {"threshold": "0.5"}).to(device)
+    options = {"head": head, "threshold": torch.tensor(0.5, device=device), "stop_tokens": torch.tensor([V - 1], device=device)}
+    nbytes = logits.nbytes + K * D * dtype.itemsize + head.weight.nbytes
+    if mode != "greedy":
+        temperature, top_k = torch.tensor(0.8, device=device), TOP_K if mode == "top_k" else None
+        q = probs(2 * torch.randn(K, V, device=device), temperature, top_k)
+        options |= {"temperature": temperature, "top_k": top_k, "draft_probs": q,
+                    "uniforms": torch.rand(K, device=device), "exponentials": torch.empty(V, device=device).exponential_()}
+        nbytes += 2 * 4 * V  # the residual: one row of q, and e
+    return (hidden, logits, drafted), options, nbytes
+
+
+@torch.no_grad()
+def measure_kernel(shape: tuple[int, int, int], mode: str, device: torch.device, dtype: torch.dtype, *, inputs: str,
+                   repeats: int, compile: bool) -> dict:
+    """One entry: microseconds and GB/s of each way to run the rule, on the same inputs in turns."""
+    nbytes = acceptance_inputs(shape, mode, device, dtype)[2]
+    copies = 1 if inputs == "warm" else max(2, min(MAX_COPIES, -(-ROTATION_BYTES[device.type] // nbytes)))
+    rounds = [acceptance_inputs(shape, mode, device, dtype) for _ in range(copies)]
+    ways = {"triton": lambda *a, **o: accept(*a, impl="triton", **o)} if device.type == "cuda" else {}
+    ways["eager"] = lambda *a, **o: accept(*a, impl="torch", **o)
+    if compile:
+        rule = compiled(accept)
+        ways["compiled"] = lambda *a, **o: rule(*a, impl="torch", **o)
+
+    def runner(way: Callable) -> Callable[[int], object]:
+        return lambda i: way(*rounds[i % copies][0], **rounds[i % copies][1])
+
+    times = take_turns({name: timer(device, runner(way), max(copies, 16)) for name, way in ways.items()}, repeats)
+    entry = {"K": shape[0], "V": shape[1], "D": shape[2], "mode": mode, "inputs": inputs, "bytes": nbytes}
+    for name, seconds in times.items():
+        entry[name] = spread(seconds, "us") | {"gb_per_s": nbytes / statistics.median(seconds) / 1e9}
+    return entry if "triton" in entry else entry | {"triton": NOT_MEASURED}
+
+
+def run_kernel(args: argparse.Namespace) -> None:
+    """The acceptance rule, judge.accept: its Triton kernel (on a GPU), and its torch reference eager and compiled, in turns on
+    the same inputs. GB/s, of the fastest, counts the bytes that the rule must read: logits, hidden states and the head once;
+    sampled also one row of the draft's distribution and one of random numbers.
+    """
+    device = start(args)
+    gpu = device.type == "cuda"
+    dtype = DTYPES[args.dtype or "bfloat16"]
+    shapes = [tuple(shape) for shape in args.shape or KERNEL_SHAPES[device.type]]
+    if any(min(shape) < 1 or shape[1] < TOP_K for shape in shapes):
+        raise ValueError(f"got --shape {' '.join(map(str, min(shapes)))}, expected K and D from 1 on and V from {TOP_K} on")
+    inputs = args.inputs or (("warm", "cold") if gpu else ("warm",))
+    jobs = [(shape, mode, kind) for shape in shapes for mode in args.modes for kind in inputs]
+    entries = [measure_kernel(shape, mode, device, dtype, inputs=kind, repeats=args.repeats, compile=args.compile)
+               for shape, mode, kind in tqdm(jobs, desc="acceptance", unit=" sizes")]
+    about = machine(device)
+    print(f"{about['device']}, {about['threads']} threads, {dtype}".replace("torch.", ""))
+    print(f"\n{'K':>3}{'V':>8}{'D':>7} {'mode':<9}{'inputs':<8}{'MB':>7}{'triton us':>11}{'eager us':>10}{'compiled us':>13}"
+          f"{'GB/s':>7}")
+    for e in entries:
+        us = [e[way]["us"] if isinstance(e.get(way), dict) else None for way in ("triton", "eager", "compiled")]
+        best = max(e[way]["gb_per_s"] for way in ("triton", "eager", "compiled") if isinstance(e.get(way), dict))
+        print(f"{e['K']:>3}{e['V']:>8}{e['D']:>7} {e['mode']:<9}{e['inputs']:<8}{e['bytes'] / 1e6:7.2f}"
+              + "".join(f"{'-' if t is None else f'{t:.1f}':>{width}}" for t, width in zip(us, (11, 10, 13))) + f"{best:7.1f}")
+    report = {"machine": about, "dtype": str(dtype).removeprefix("torch."), "sizes": entries}
+    if not gpu:
+        report["gpu"] = NOT_MEASURED
+        print(f"\nThe kernel (triton): {NOT_MEASURED}")
+    finish(report, args.json)
+
+
+def decode_timer(engine: Engine, length: int, new_tokens: int) -> Callable[[], float]:
+    """Seconds a token of the engine's own decoding, from `length` positions in use on."""
+    prompt = (torch.arange(length) % engine.target.config.vocab_size).tolist()
+
+    def measure() -> float:
+        # What rows hold does not change how long they take to read: call them right instead of filling them for each turn.
+        engine.target.cached = prompt
+        for _ in engine.generate(prompt, max_new_tokens=new_tokens, keep_cache=True):
+            pass
+        stats = engine.stats
+        return (stats["seconds"] - stats["seconds_to_first_token"]) / (stats["new_tokens"] - 1)
+    return measure
+
+
+def run_long(args: argparse.Namespace) -> None:
+    """Milliseconds a token as the engine decodes: at growing lengths in use with one allocation, then at the shortest of them
+    with growing allocations. On a GPU the shapes of 8B in bfloat16 with random weights, on a CPU the bundled target.
+    """
+    device = start(args)
+    if args.new_tokens < 2 or min(*args.lengths, *args.allocated) < 1:
+        raise ValueError("got a length below 1 or --new_tokens below 2, expected more")
+    name = args.model or (None if args.checkpoint_path or device.type == "cpu" else "8B-bf16")
+    model, label = load(args.checkpoint_path, name, DEMO / "target", device, args.dtype)
+    # Time alone counts here, so that positions past the model's context will do.
+    model.config = dataclasses.replace(model.config, max_position_embeddings=1 << 20)
+    fixed = min(args.lengths)
+    needed = max(args.lengths) + args.new_tokens
+    lengths = {"in use": [(length, needed) for length in sorted(args.lengths)],
+               "allocated": [(fixed, max(rows, fixed + args.new_tokens)) for rows in sorted(args.allocated)]}
+    engines, timers = {}, {}
+    for rows in tqdm(sorted({rows for pairs in lengths.values() for _, rows in pairs}), desc="compile", unit=" lengths"):
+        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # the same weights, caches of its own
+        engines[rows] = Engine(twin, stop_tokens=(), max_seq_length=rows, compile=args.compile)
+        engines[rows].warmup()
+    for pairs in lengths.values():
+        for pair in pairs:
+            timers[pair] = decode_timer(engines[pair[1]], pair[0], args.new_tokens)
+    times = {}
+    for _ in tqdm(range(args.repeats), desc="measure", unit=" turns"):
+        for pair, seconds in take_turns(timers, 1).items():
+            times.setdefault(pair, []).extend(seconds)
+    tables = {kind: [{"in_use": pair[0], "allocated": pair[1], **spread(times[pair], "ms"),
+                      "to_shortest": statistics.median(times[pair]) / statistics.median(times[pairs[0]])} for pair in pairs]
+              for kind, pairs in lengths.items()}
+    about = machine(device)
+    print(f"{about['device']}, {about['threads']} threads, {model.dtype}: {label}".replace("torch.", ""))
+    for rows in tables.values():
+        print(f"\n{'positions in use':>17}{'allocated':>11}{'ms/token':>10}{'quartiles':>20}{'to shortest':>13}")
+        for row in rows:
+            low, high = row["ms_quartiles"]
+            print(f"{row['in_use']:17}{row['allocated']:11}{row['ms']:10.3f}{f'{low:.3f} to {high:.3f}':>20}"
+                  f"{row['to_shortest']:13.2f}")
+    finish({"machine": about, "dtype": str(model.dtype).removeprefix("torch."), "compiled": args.compile, "target": label,
+            "new_tokens": args.new_tokens, "in_use": tables["in use"], "allocated": tables["allocated"]}, args.json)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line; options that several commands share are declared once."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    int8 = commands.add_parser("int8", help="int8 layers and passes beside their rivals")
-    int8.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    int8.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of x and of the rivals' weights")
-    int8.add_argument("--models", nargs="+", choices=SHAPES, help="shapes to measure (default: all; on a CPU small ones)")
-    int8.add_argument("--ways", nargs="*", choices=WAYS[1:], default=WAYS[1:],
-                      help="rivals (default: all; max-autotune takes several seconds a size on a GPU)")
-    int8.add_argument("--rows", type=int, nargs="+", default=ROWS, help="M (default: %(default)s)")
-    int8.add_argument("--repeats", type=int, default=20, help="turns (default: %(default)s)")
-    int8.add_argument("--json", metavar="FILE", help="write the report")
-    int8.set_defaults(run=run_int8)
-    return parser.parse_args(argv)
+
+    def command(name: str, run: Callable, help: str, description: str | None = None, *, dtype: bool = True,
+                compile: bool = True, repeats: int | None = None):
+        sub = commands.add_parser(name, help=help, description=description or inspect.getdoc(run), formatter_class=raw)
+        sub.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+        if dtype:
+            sub.add_argument("--dtype", choices=DTYPES, help="of activations and of weights that are not int8 (default: the "
+                             "checkpoint's on CUDA; on a CPU bfloat16 if it has units for it, else float32)")
+        sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+        if repeats:
+            sub.add_argument("--repeats", type=int, default=repeats, metavar="N", help="turns (default: %(default)s)")
+        if compile:
+            sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+                             help="off: uncompiled, to try a command out quickly (default: on)")
+        sub.add_argument("--json", metavar="FILE", help="write the report there too")
+        sub.set_defaults(run=run, **({} if compile else {"compile": False}))
+        return sub.add_argument
+
+    add = command("pair", bench_pair.run_pair, "every rule and transformers on a pair of checkpoints", bench_pair.__doc__)
+    add("--checkpoint_path", metavar="DIR", help="target (default: the bundled pair)")
+    add("--draft_checkpoint_path", metavar="DIR", help="draft")
+    add("--judge", metavar="HEAD", help="judge head (default: judge.safetensors beside the target or above it)")
+    add("--threshold", type=float, metavar="δ", help="the judge's (default: the head's own)")
+    add("--prompts", metavar="FILE", help='JSONL, {"prompt": text, "answer": what a right answer contains (optional)} a '
+        "line; the first --tune_prompts choose K, the next --num_prompts are measured (default: bundled problems)")
+    add("--num_prompts", type=int, default=20, metavar="N", help="prompts to measure (default: %(default)s)")
+    add("--tune_prompts", type=int, default=4, metavar="N", help="others to choose K on (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=bench_pair.MAX_NEW_TOKENS, metavar="N", help="default: %(default)s")
+    add("--raw", action="store_true", help="no chat format: plain text after the begin-of-text token")
+    add("--seed", type=int, default=1, help="stream of bundled problems to measure (default: %(default)s)")
+    add("--ways", nargs="+", choices=bench_pair.WAYS, default=bench_pair.WAYS, help="rows to measure (default: all)")
+    add("--no_hf", dest="hf", action="store_false", help="leave transformers out")
+    defaults = "; ".join(f"{way}: {' '.join(map(str, ks))}" for way, ks in bench_pair.TUNE_K.items())
+    add("--tune_k", type=int, nargs="+", metavar="K", help=f"the K to choose among (default: {defaults})")
+    add("--speculate_k", type=int, metavar="K", help="fix the judge's K")
+    add("--exact_k", type=int, metavar="K", help="fix the exact rule's K")
+    add("--assisted_k", type=int, metavar="K", help="fix transformers' K (num_assistant_tokens)")
+
+    add = command("limit", run_limit, "steps against the time to read their weights once", repeats=50)
+    add_models(add)
+    add("--draft_checkpoint_path", metavar="DIR", help="draft (default: the bundled one)")
+    add("--draft", metavar="NAME", help="draft with random weights in these shapes")
+    add("--speculate_k", type=int, nargs="+", default=(1, 3, 7, 15, 16, 25, 31), metavar="K", help="default: %(default)s")
+    add("--length", type=int, default=256, metavar="N", help="positions in use (default: %(default)s)")
+
+    add = command("kernel", run_kernel, "the fused acceptance kernel beside its torch reference", repeats=20)
+    add("--shape", type=int, nargs=3, action="append", metavar=("K", "V", "D"), help="may be repeated (default: "
+        + ", ".join("x".join(map(str, shape)) for shape in KERNEL_SHAPES["cuda"]) + "; smaller on a CPU)")
+    add("--modes", nargs="+", choices=KERNEL_MODES, default=KERNEL_MODES, help=f"top_k keeps {TOP_K} (default: all)")
+    add("--inputs", nargs="+", choices=("warm", "cold"),
+        help="warm: the same inputs again, in cache as the LM head leaves them; cold: rotating through more than caches hold "
+        "(default: both; on a CPU warm)")
+
+    add = command("long", run_long, "decoding against length in use and allocated", repeats=5)
+    add_models(add)
+    add("--lengths", type=int, nargs="+", default=(128, 512, 1024, 2048, 4096, 8192), metavar="N", help="in use: %(default)s")
+    add("--allocated", type=int, nargs="+", default=(512, 2048, 8192), metavar="N", help="default: %(default)s")
+    add("--new_tokens", type=int, default=32, metavar="N", help="tokens a measurement (default: %(default)s)")
+
+    add = command("scale", bench_scale.run_scale, "whole rounds of large models with random weights", bench_scale.__doc__,
+                  dtype=False, repeats=5)
+    add("--models", nargs="+", metavar="NAME", help=f"SIZE-KIND or SIZE/RANKS-KIND, as {', '.join(bench_scale.GPU_MODELS)} "
+        f"(the default on a GPU) or {', '.join(bench_scale.CPU_MODELS)} (on a CPU)")
+    add("--draft", metavar="SIZE", help="draft for all larger models, in the same kind and share (default: 8B, or demo-draft)")
+    add("--speculate_k", type=int, nargs="+", default=(4, 8, 16, 25, 32), metavar="K", help="default: %(default)s")
+    add("--force_accepted", type=int, default=19, metavar="A",
+        help="draft tokens that every round keeps, whatever they are (at most K; default: %(default)s, the paper's)")
+    add("--prompt_tokens", type=int, default=128, metavar="N", help="positions in use at first (default: %(default)s)")
+    add("--rounds", type=int, default=8, metavar="N", help="rounds a measurement (default: %(default)s)")
+    add("--starts", action=argparse.BooleanOptionalAction, default=True,
+        help="time a cold and a warm start of each (default: on)")
+
+    add = command("start", bench_scale.run_start, "seconds until an engine is compiled", dtype=False)
+    add("--model", required=True, metavar="NAME", help="SIZE-KIND or SIZE/RANKS-KIND, like 70B-int8")
+    add("--draft", metavar="NAME", help="the same for a draft (default: none)")
+    add("--speculate_k", type=int, default=25, metavar="K", help="default: %(default)s")
+    add("--prompt_tokens", type=int, default=128, metavar="N", help=argparse.SUPPRESS)
+
+    add = command("int8", run_int8, "int8 layers and passes beside their rivals", compile=False, repeats=20)
+    add("--models", nargs="+", choices=SHAPES, help="shapes to measure (default: all; on a CPU small ones)")
+    add("--ways", nargs="*", choices=WAYS[1:], default=WAYS[1:],
+        help="rivals (default: all; max-autotune takes several seconds a size on a GPU)")
+    add("--rows", type=int, nargs="+", default=ROWS, help="M (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if getattr(args, "repeats", 1) < 1:
+        parser.error(f"got --repeats {args.repeats}, expected 1 or more")
+    return args
+
+
+def add_models(add: Callable) -> None:
+    add("--checkpoint_path", metavar="DIR", help="target (default: the bundled one)")
+    add("--model", metavar="NAME", help="target with random weights in these shapes, like 8B-bf16, 70B-int8 or 405B/8-int8")
 
 
 if __name__ == "__main__":

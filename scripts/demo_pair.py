@@ -19,6 +19,7 @@ float32; the result is rounded to bfloat16 and written as a Hugging Face directo
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -287,9 +288,10 @@ def fresh_problems(seed: int, count: int, *, exclude: set[str]) -> list[Problem]
     return problems
 
 
-def training_prompts() -> set[str]:
-    """Questions of all training problems, the practised ones included."""
-    return {problem_at(TRAIN_SEED, index, **kind).prompt for kind in KINDS.values() for index in range(TRAIN_PROBLEMS)}
+@functools.cache
+def training_prompts() -> frozenset[str]:
+    """Questions of all training problems, the practised ones included (240,000: a quarter of a minute)."""
+    return frozenset(problem_at(TRAIN_SEED, index, **kind).prompt for kind in KINDS.values() for index in range(TRAIN_PROBLEMS))
 
 
 def make_tokenizer():

@@ -1,0 +1,263 @@
+"""What the subcommands of bench.py share: timers that take turns, the memory limit, random models, and the report.
+
+A timer is a function that runs something and returns the seconds it took. Ways that are compared take turns, one measurement
+a turn, so that a slow moment of the machine meets all of them; medians and quartiles are taken over the turns. On a GPU what
+is timed is one CUDA graph: launches cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import generate  # noqa: E402
+from generate import Engine, can_compile, compiled, next_token, pick_device, setup_compiler, verify  # noqa: E402
+from judge import written_aside  # noqa: E402
+from model import Linear, ModelConfig, RopeScaling, Transformer  # noqa: E402
+from quantize import Int8Linear  # noqa: E402
+from scripts.demo_pair import MODELS  # noqa: E402
+
+ROTATION_BYTES = {"cuda": 400 << 20, "cpu": 128 << 20}  # several times the last cache of an H200, of an EPYC
+COPY_BYTES = 2 << 30
+NOT_MEASURED = "not measured: no GPU was at hand"
+COLLECTIVES = "left out: one rank's share of the weights, without the time ranks take to exchange results"
+# hidden, feed-forward, layers, query heads, key-value heads of Llama-3.1
+SIZES = {"8B": (4096, 14336, 32, 32, 8), "70B": (8192, 28672, 80, 64, 8), "405B": (16384, 53248, 126, 128, 8)}
+VOCAB_SIZE, HEAD_DIM = 128256, 128
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # of activations, by how weights are kept
+WEIGHT_STD = 0.02  # as models are initialised: small enough that hidden states stay finite through 126 random layers
+
+
+def timer(device: torch.device, run: Callable[[int], object], calls: int) -> Callable[[], float]:
+    """A function that runs run(0) to run(calls - 1) and returns the seconds per call; on a GPU as one CUDA graph."""
+    for i in range(3):
+        run(i % calls)
+    if device.type == "cpu":
+        def measure() -> float:
+            start = time.perf_counter()
+            for i in range(calls):
+                run(i)
+            return (time.perf_counter() - start) / calls
+        return measure
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            run(i)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def measure() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000 / calls
+    return measure
+
+
+def take_turns(timers: dict, repeats: int) -> dict:
+    """Seconds of each way, one measurement a turn, the first turn dropped."""
+    times: dict = {name: [] for name in timers}
+    for _ in range(repeats + 1):
+        for name, measure in timers.items():
+            times[name].append(measure())
+    return {name: values[1:] for name, values in times.items()}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile; of a single value thrice that."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return low, median, high
+
+
+def spread(seconds: list[float], unit: str, *, prefix: str = "") -> dict:
+    """{"ms": median, "ms_quartiles": [lower, upper]}, or "us"; keys begin with `prefix`."""
+    low, median, high = (value * {"ms": 1e3, "us": 1e6}[unit] for value in quartiles(seconds))
+    return {f"{prefix}{unit}": median, f"{prefix}{unit}_quartiles": [low, high]}
+
+
+def bandwidth_timer(device: torch.device, nbytes: int) -> tuple[Callable[[], float], int]:
+    """(timer, bytes it moves): on a GPU a device copy of 2 GB, read plus written; on a CPU a read of nbytes by all threads."""
+    if device.type == "cuda":
+        source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return timer(device, lambda _: target.copy_(source), 4), 2 * source.nbytes
+    buffer = torch.ones(max(1, nbytes // 8), dtype=torch.int64)
+    return timer(device, lambda _: buffer.sum(), max(4, (64 << 20) // buffer.nbytes)), buffer.nbytes
+
+
+def bandwidth(device: torch.device, nbytes: int = ROTATION_BYTES["cpu"], *, repeats: int = 20) -> float:
+    """Bytes a second; on a CPU nbytes decide which caches take part (the default lies beyond them)."""
+    measure, moved = bandwidth_timer(device, nbytes)
+    return moved / statistics.median(take_turns({"copy": measure}, repeats)["copy"])
+
+
+def weight_bytes(model: Transformer) -> int:
+    """What one pass must read of the weights: all but the embedding's rows, unless these are the LM head's too."""
+    return sum(p.nbytes for name, p in model.named_parameters()
+               if model.config.tie_word_embeddings or name != "embed_tokens.weight")
+
+
+def cache_bytes(model: Transformer, length: int) -> int:
+    """Keys and values of `length` positions."""
+    config = model.config
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * length * model.dtype.itemsize
+
+
+def model_config(name: str) -> tuple[ModelConfig, str]:
+    """The shapes behind a name, SIZE[/RANKS]-KIND ("70B-int8", "405B/8-int8"), and its kind: bf16, int8 or fp32.
+
+    /RANKS is one rank's share: of heads, feed-forward and vocabulary a part, of the hidden size all, as tp.py cuts them.
+    """
+    match = re.fullmatch(rf"({'|'.join((*SIZES, 'demo-draft', 'demo'))})(?:/(\d+))?-({'|'.join(DTYPES)})", name)
+    if not match:
+        raise ValueError(f"got model {name!r}, expected SIZE-KIND or SIZE/RANKS-KIND with SIZE one of {', '.join(SIZES)}, "
+                         f"demo, demo-draft and KIND one of {', '.join(DTYPES)}, like 70B-int8 or 405B/8-int8")
+    size, ranks, kind = match[1], int(match[2] or 1), match[3]
+    if size not in SIZES:
+        if ranks > 1:
+            raise ValueError(f"got model {name!r}: {size} is too small to share; leave out /{ranks}")
+        return MODELS["draft" if size == "demo-draft" else "target"], kind
+    hidden, feed_forward, layers, heads, kv_heads = SIZES[size]
+    if ranks < 1 or kv_heads % ranks:
+        raise ValueError(f"got model {name!r}, expected a number of ranks that divides its {kv_heads} key-value heads")
+    return ModelConfig(
+        vocab_size=VOCAB_SIZE // ranks, hidden_size=hidden, intermediate_size=feed_forward // ranks, num_layers=layers,
+        num_heads=heads // ranks, num_kv_heads=kv_heads // ranks, head_dim=HEAD_DIM, rms_norm_eps=1e-5,
+        max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        dtype=DTYPES[kind], int8=kind == "int8"), kind
+
+
+def empty_model(name: str) -> Transformer:
+    """The model of a name on the meta device, without memory: to be counted, or filled."""
+    config, kind = model_config(name)
+    with torch.device("meta"):
+        model = Transformer(config).to(DTYPES[kind])
+        for path, layer in list(model.named_modules()) if kind == "int8" else []:
+            if isinstance(layer, Linear) and not (path == "lm_head" and config.tie_word_embeddings):
+                parent, _, child = path.rpartition(".")
+                setattr(model.get_submodule(parent), child, Int8Linear(layer.in_features, layer.out_features))
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def random_model(name: str, device: torch.device, *, seed: int = 0) -> Transformer:
+    """Random weights in the shapes of a name: speed without a checkpoint. Text from it means nothing."""
+    torch.manual_seed(seed)
+    model = empty_model(name).to_empty(device=device)
+    if model.config.tie_word_embeddings:  # to_empty unties
+        model.lm_head.weight = model.embed_tokens.weight
+    for buffer in model.buffers():
+        buffer.zero_()
+    for path, parameter in model.named_parameters():
+        if parameter.dtype is torch.int8:
+            parameter.random_(-127, 128)
+        elif path.endswith(".scale"):
+            parameter.fill_(WEIGHT_STD / 73)  # 73: the standard deviation of a random byte
+        elif parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(0, WEIGHT_STD)
+    return model
+
+
+class ForcedEngine(Engine):
+    """An engine whose rule runs as ever and then always keeps the first `accepted` draft tokens: the speed that a given
+    acceptance would bring, whatever the weights. Device tensors only, as the rule's own: a round waits for nothing.
+
+    With `Steps`, the one place of these benchmarks that depends on how the engine is made inside.
+    """
+
+    def __init__(self, *models, accepted: int, **options):
+        super().__init__(*models, **options)
+        if not 0 <= accepted <= self.speculate_k:
+            raise ValueError(f"got {accepted} tokens to accept of {self.speculate_k} drafted, expected 0 to {self.speculate_k}")
+        self.forced = {"accept_len": torch.tensor(accepted, device=self.device),
+                       "source": torch.full((self.speculate_k,), 2, dtype=torch.int8, device=self.device)}
+
+    def _decide(self, *args, **kwargs):
+        return super()._decide(*args, **kwargs)._replace(**self.forced)
+
+
+class Steps:
+    """The calls that a round is made of, compiled as the engine compiles them, on a model with caches of `allocated` rows.
+
+    decode(model), draft(model), verify(model, rows) return a timer of seconds a step with `length` positions in use.
+    """
+
+    def __init__(self, length: int, allocated: int, *, compile: bool, calls: int = 10):
+        self.length, self.allocated, self.calls, self.wrap = length, allocated, calls, compiled if compile else lambda f: f
+
+    def _timer(self, model: Transformer, function, rows: int, *extra) -> Callable[[], float]:
+        if model.max_seq_length != self.allocated:
+            model.setup_caches(1, self.allocated)
+        tokens = torch.ones(1, rows, dtype=torch.int64, device=model.device)
+        input_pos = torch.arange(self.length, self.length + rows, device=model.device)
+        run = self.wrap(function)
+        return timer(model.device, lambda _: run(model, tokens, input_pos, *extra), self.calls)
+
+    def decode(self, model: Transformer) -> Callable[[], float]:
+        return self._timer(model, next_token, 1)
+
+    def draft(self, model: Transformer) -> Callable[[], float]:
+        """Draft steps are compiled several at a time where the engine does so."""
+        steps = max(1, generate.DRAFT_CHUNK_LAYERS // model.config.num_layers)
+        measure = self._timer(model, generate.draft_steps, 1, steps)
+        return lambda: measure() / steps
+
+    def verify(self, model: Transformer, rows: int) -> Callable[[], float]:
+        return self._timer(model, verify, rows)
+
+
+def machine(device: torch.device) -> dict:
+    """What the figures were measured on."""
+    import triton
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+        name += f", {os.cpu_count()} cores"
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
+            "commit": commit or "no git repository", "threads": torch.get_num_threads()}
+
+
+def start(args) -> torch.device:
+    """The device of a run, with threads and compiler set; args.compile becomes False where nothing can compile."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"got --threads {args.threads}, expected 1 or more")
+        torch.set_num_threads(args.threads)
+    generate.check_writable(args.json)
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches and events go to the current device
+    if args.compile and (missing := can_compile(device)):
+        print(f"{missing}: running uncompiled, several times slower", file=sys.stderr)
+        args.compile = False
+    if args.compile:
+        setup_compiler(device)
+    return device
+
+
+def finish(report: dict, path: str | None) -> None:
+    """The report as one line, last; indented to a file where one was asked for."""
+    if path:
+        with written_aside(path) as file:
+            file.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
