@@ -197,7 +197,7 @@ def load(path: str | None, name: str | None, bundled: Path, device: torch.device
 @torch.no_grad()
 def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int, repeats: int,
                   compile: bool) -> tuple[dict, list[dict]]:
-    """Bandwidth by model, and an entry a step: draft step, target step, verify of K+1 rows. All take turns in one run."""
+    """Bandwidth by model, and an entry a step: draft step (if there is one), target step, verify of K+1 rows, all in turns."""
     device = models["target"].device
     steps = Steps(length, -(-(length + max(*ks, 16) + 1) // 128) * 128, compile=compile)
     if device.type == "cuda":
@@ -205,7 +205,8 @@ def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int,
     else:
         reads = {name: bandwidth_timer(device, weight_bytes(model)) for name, model in models.items()}
     timers = {f"read {name}": measure for name, (measure, _) in reads.items()}
-    rows = {"draft step": ("draft", 1), "target step": ("target", 1)} | {f"verify {k + 1} rows": ("target", k + 1) for k in ks}
+    rows = {"draft step": ("draft", 1)} if "draft" in models else {}
+    rows |= {"target step": ("target", 1)} | {f"verify {k + 1} rows": ("target", k + 1) for k in ks}
     for name, (model, count) in tqdm(rows.items(), desc="compile", unit=" steps"):
         if name.startswith("verify"):
             timers[name] = steps.verify(models[model], count)
@@ -239,14 +240,16 @@ def run_limit(args: argparse.Namespace) -> None:
     if min(args.speculate_k) < 1 or args.length < 1:
         raise ValueError(f"got K {min(args.speculate_k)} and length {args.length}, expected 1 or more")
     target, target_name = load(args.checkpoint_path, args.model, DEMO / "target", device, args.dtype)
-    draft, draft_name = load(args.draft_checkpoint_path, args.draft, DEMO / "draft", device, args.dtype)
-    speeds, entries = measure_limit({"draft": draft, "target": target}, args.speculate_k, length=args.length,
+    models, names = {"target": target}, {"target": target_name}
+    if args.draft_checkpoint_path or args.draft or not (args.checkpoint_path or args.model):
+        models["draft"], names["draft"] = load(args.draft_checkpoint_path, args.draft, DEMO / "draft", device, args.dtype)
+    speeds, entries = measure_limit(models, args.speculate_k, length=args.length,
                                     repeats=args.repeats, compile=args.compile)
     about = machine(device)
     moved = "copied" if device.type == "cuda" else "read, in a buffer of the size of its weights"
     dtype = str(target.dtype).removeprefix("torch.")
     print(f"{about['device']}, {about['threads']} threads, {dtype}, {args.length} positions in use")
-    for name, label in (("draft", draft_name), ("target", target_name)):
+    for name, label in names.items():
         print(f"{name}: {label}, {speeds[name]['gb_per_s']:.1f} GB/s {moved}")
     print(f"\n{'step':<16}{'MB':>9}{'ceiling ms':>12}{'ms':>9}{'quartiles':>18}{'share':>7}{'to target step':>16}")
     for e in entries:
@@ -254,7 +257,7 @@ def run_limit(args: argparse.Namespace) -> None:
         print(f"{e['step']:<16}{(e['weight_bytes'] + e['cache_bytes']) / 1e6:9.1f}{e['ceiling_ms']:12.3f}{e['ms']:9.3f}"
               f"{f'{low:.3f} to {high:.3f}':>18}{e['share']:7.0%}"
               + (f"{e['to_target_step']:16.2f}" if "to_target_step" in e else ""))
-    finish({"machine": about, "dtype": dtype, "compiled": args.compile, "target": target_name, "draft": draft_name,
+    finish({"machine": about, "dtype": dtype, "compiled": args.compile, **names,
             "length": args.length, "bandwidth": speeds, "steps": entries}, args.json)
 
 
@@ -432,7 +435,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = command("limit", run_limit, "steps against the time to read their weights once", repeats=50)
     add_models(add)
-    add("--draft_checkpoint_path", metavar="DIR", help="draft (default: the bundled one)")
+    add("--draft_checkpoint_path", metavar="DIR", help="draft (default: the bundled one beside the bundled target, else none)")
     add("--draft", metavar="NAME", help="draft with random weights in these shapes")
     add("--speculate_k", type=int, nargs="+", default=(1, 3, 7, 15, 16, 25, 31), metavar="K", help="default: %(default)s")
     add("--length", type=int, default=256, metavar="N", help="positions in use (default: %(default)s)")

@@ -34,10 +34,10 @@ MARGIN = 1e-4  # top logits closer than this may swap places in float32 for roun
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to answer, and who says whether a text is right (None: nobody can)."""
+    """Token ids to answer, and who says whether a text is right, given whether it came to an end (None: nobody can)."""
 
     ids: list[int]
-    is_right: Callable[[str], bool] | None = None
+    is_right: Callable[[str, bool], bool] | None = None
 
 
 def read_prompts(path: Path, encode: Callable[[str], list[int]]) -> list[Prompt]:
@@ -54,7 +54,7 @@ def read_prompts(path: Path, encode: Callable[[str], list[int]]) -> list[Prompt]
         if not isinstance(text, str) or not isinstance(answer, str | None):
             raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected {{"prompt": text, "answer": text}}; the '
                              "answer is optional")
-        prompts.append(Prompt(encode(text), None if answer is None else lambda said, answer=answer: answer in said))
+        prompts.append(Prompt(encode(text), None if answer is None else lambda said, _, answer=answer: answer in said))
     return prompts
 
 
@@ -71,7 +71,8 @@ def get_prompts(args: argparse.Namespace, encode: Callable[[str], list[int]], tu
                          'file of lines {"prompt": text}')
 
     def problems(seed: int, count: int) -> list[Prompt]:
-        return [Prompt(encode(problem.prompt), problem.is_right) for problem in demo_pair.held_out(seed, count)]
+        return [Prompt(encode(problem.prompt), lambda said, ended, problem=problem: ended and problem.is_right(said))
+                for problem in demo_pair.held_out(seed, count)]
 
     return problems(demo_pair.VALIDATION_SEED, tuned) if tuned else [], problems(args.seed, args.num_prompts)
 
@@ -179,8 +180,8 @@ class Contest:
                 "accepted": stats["accepted_exact"] + stats["accepted_judge"]}
         right = None
         if prompt.is_right:
-            ended = not self.stop_tokens or answer["tokens"][-1] in self.stop_tokens
-            right = ended and prompt.is_right(self.tokenizer.decode(answer["tokens"], skip_special=True))
+            right = prompt.is_right(self.tokenizer.decode(answer["tokens"], skip_special=True),
+                                    answer["tokens"][-1] in self.stop_tokens)
         return answer | {"new_tokens": len(answer["tokens"]), "right": right}
 
 

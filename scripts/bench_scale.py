@@ -159,22 +159,24 @@ def free_memory(device: torch.device) -> None:
 
 
 def print_models(models: list[dict]) -> None:
-    print(f"\n{'model':<14}{'weights GB':>11}{'memory GB':>11}{'GB/s':>7}{'decode ms':>11}{'tokens/s':>10}{'ceiling ms':>12}{'share':>7}"
-          f"{'cold s':>8}{'warm s':>8}")
+    print(f"\n{'model':<14}{'weights GB':>11}{'memory GB':>11}{'GB/s':>7}{'decode ms':>11}{'tokens/s':>10}"
+          f"{'ceiling ms':>12}{'share':>7}{'cold s':>8}{'warm s':>8}")
     for m in models:
         if "skipped" in m:
             print(f"{m['model']:<14}  skipped: {m['skipped']}")
             continue
         memory = f"{m['memory_bytes'] / 1e9:.2f}" if m["memory_bytes"] else "-"
         starts = "".join(f"{m[key]:8.1f}" if key in m else f"{'-':>8}" for key in ("cold_start_seconds", "warm_start_seconds"))
-        print(f"{m['model']:<14}{m['weight_bytes'] / 1e9:11.3f}{memory:>11}{m['bandwidth_gb_per_s']:7.0f}"
-              f"{m['decode_ms']:11.3f}{m['decode_tokens_per_second']:10.1f}{m['decode_ceiling_ms']:12.3f}{m['decode_share']:7.0%}{starts}")
+        print(f"{m['model']:<14}{m['weight_bytes'] / 1e9:11.3f}{memory:>11}{m['bandwidth_gb_per_s']:7.0f}{m['decode_ms']:11.3f}"
+              f"{m['decode_tokens_per_second']:10.1f}{m['decode_ceiling_ms']:12.3f}{m['decode_share']:7.0%}{starts}"
+              f"{'  no collectives' if m['collectives'] else ''}")
     print(f"\n{'draft -> target':<33}{'round':<19}{'verify ms':>10}{'/ decode':>10}{'round ms':>10}{'ceiling ms':>12}"
           f"{'share':>7}{'tokens/s':>10}")
     for m in models:
         for e in m.get("rounds", []):
             print(f"{m['draft'] + ' -> ' + m['model']:<33}{e['name']:<19}{e['verify_ms']:10.3f}{e['verify_to_decode']:10.2f}"
-                  f"{e['round_ms']:10.3f}{e['ceiling_ms']:12.3f}{e['share']:7.0%}{e['tokens_per_second']:10.1f}")
+                  f"{e['round_ms']:10.3f}{e['ceiling_ms']:12.3f}{e['share']:7.0%}{e['tokens_per_second']:10.1f}"
+                  f"{'  no collectives' if m['collectives'] else ''}")
     if any(m.get("collectives") for m in models):
         print(f"\nModels named /RANKS: collectives {COLLECTIVES}")
 
