@@ -100,7 +100,8 @@ def test_rows_of_made_up_times():
     answers = {
         "target": [made_up(1.0, [1] * 10), made_up(0.5, [2] * 10), made_up(2.0, [3] * 10)],  # 10, 20 and 5 tokens/s
         "judge": [made_up(0.5, [1] * 10, rounds=3, accepted=6, right=True),
-                  made_up(0.1, [2] * 9, rounds=2, accepted=6, right=False), made_up(0.25, [3] * 10, rounds=3, accepted=6)],  # 20, 90 and 40
+                  made_up(0.1, [2] * 9, rounds=2, accepted=6, right=False),
+                  made_up(0.25, [3] * 10, rounds=3, accepted=6)],  # 20, 90 and 40
     }
     rows = bench_pair.summarise(answers, {"judge": 4})
     assert rows["target"]["tokens_per_second"] == 10 and rows["target"]["tokens_per_second_quartiles"] == [7.5, 15]
