@@ -288,6 +288,8 @@ def run_pair(args: argparse.Namespace) -> None:
         raise ValueError("got --ways without target, which the others are compared with; add it")
     if args.num_prompts < 1 or args.tune_prompts < 1:
         raise ValueError("got --num_prompts or --tune_prompts below 1, expected 1 or more")
+    if args.seed == demo_pair.VALIDATION_SEED:
+        raise ValueError(f"got --seed {args.seed}, the stream that K is chosen on; expected another one")
     fixed = {"exact": args.exact_k, "judge": args.speculate_k, "hf_assisted": args.assisted_k}
     candidates = {way: [fixed[way]] if fixed[way] is not None else sorted(set(args.tune_k or TUNE_K[way]))
                   for way in ways if way in TUNE_K}

@@ -240,6 +240,7 @@ def test_a_larger_model_is_drafted_by_8b_in_its_kind():
     (["pair", "--checkpoint_path", "x"], "give both, or neither"),
     (["pair", "--ways", "judge"], "got --ways without target"),
     (["pair", "--exact_k", "0"], "got a K of 0"),
+    (["pair", "--seed", "2000000"], "that K is chosen on"),
     (["pair", "--threads", "0"], "got --threads 0"),
     (["limit", "--model", "demo-fp32", "--checkpoint_path", "x"], "give one of them"),
     (["limit", "--speculate_k", "0"], "got K 0"),
