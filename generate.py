@@ -7,7 +7,10 @@ several tokens, which is what counts at batch 1, where a pass costs the time to 
 tokens than the exact rule and gives up losslessness for it: text may differ from the target's own.
 
 A round runs on fixed shapes and device-side state (the last two tokens, their position); nothing is rolled back. Rows of
-the caches past the committed position are dead until they are overwritten.
+the caches past the committed position are dead until they are overwritten. On CUDA a round is one graph replay, and the next
+one is launched before the host reads the last one's outcome: stop tokens and lengths are handled one round behind, what lies
+beyond the end is cut, and how many rounds are launched depends on committed tokens alone. On a CPU the steps are compiled
+whole, and attention reads the part of the cache that is in use, a dynamic size in one compilation.
 
 Shapes: K draft length, S new tokens, D model dim, V vocabulary; p the target's distribution, q the draft's; n the position
 of the last committed token.
@@ -30,7 +33,8 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -50,9 +54,13 @@ DEMO_PROMPT = ("Mia has nine shells. First, Mia finds six shells. Second, Mia lo
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 SPECULATE_K = 16
 PREFILL_CHUNK = 512  # tokens a prefill pass reads at most: bounds its activations
+PREFILL_COMPILED = 16  # shorter chunks run uncompiled: layers choose other routes for few rows, which would be compiled too
+ROW_STEP = 64  # attention on a CPU reads the cache in use, rounded up to this
 # Draft steps are compiled together up to this many layers a call: a step of a tiny draft costs less than calling it, and
 # of a large one the compiler would take minutes over the copies.
 DRAFT_CHUNK_LAYERS = 8
+AUTO_K = (3, 6, 12, 18)  # what --speculate_k auto chooses from: each is compiled
+DECAY = 0.98  # of what a round of --speculate_k auto remembers, per round
 RULES = ("none", "exact", "judge")
 SOURCES = ("target", "exact", "judge")  # by Decision.source; 0 never stays, so its place names who wrote the rest
 
@@ -65,13 +73,14 @@ class Block(NamedTuple):
 
 
 def next_token(model: Transformer, tokens: Tensor, input_pos: Tensor, temperature: Tensor | None = None,
-               top_k: int | None = None, exponentials: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+               top_k: int | None = None, exponentials: Tensor | None = None,
+               rows: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """One decoding step: tokens [1, S] at input_pos [S] -> (next token [] int64, its distribution, status [] int32).
 
     Greedy without a temperature (distribution None); else a draw of softmax(logits / temperature) over the top_k, made
     with exponentials [V], and that distribution in float32 [V]. Status 1 says that the logits were not finite.
     """
-    hidden = model(tokens, input_pos)[:, -1]  # [1, D]
+    hidden = model(tokens, input_pos, rows)[:, -1]  # [1, D]
     logits = model.logits(hidden)[0].float()  # [V], of this rank
     if temperature is None:
         token, top = greedy(logits, model.shard, model.first_token)
@@ -82,20 +91,22 @@ def next_token(model: Transformer, tokens: Tensor, input_pos: Tensor, temperatur
 
 
 def draft_steps(model: Transformer, tokens: Tensor, input_pos: Tensor, steps: int, temperature: Tensor | None = None,
-                top_k: int | None = None, exponentials: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                top_k: int | None = None, exponentials: Tensor | None = None,
+                rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Consecutive decoding steps, each reading the token before: -> tokens [steps], distributions [steps, V] or None."""
     drafted, distributions = [], []
     for i in range(steps):
-        token, q, _ = next_token(model, tokens, input_pos, temperature, top_k, None if exponentials is None else exponentials[i])
+        token, q, _ = next_token(model, tokens, input_pos, temperature, top_k,
+                                 None if exponentials is None else exponentials[i], rows)
         drafted.append(token)
         distributions.append(q)
         tokens, input_pos = token[None, None], input_pos[-1:] + 1
     return torch.stack(drafted), None if temperature is None else torch.stack(distributions)
 
 
-def verify(model: Transformer, tokens: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
+def verify(model: Transformer, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The target reads [last, d_1..d_K]: tokens [1, K+1] -> hidden [K+1, D] before the final norm, logits [K+1, V]."""
-    hidden = model(tokens, input_pos)
+    hidden = model(tokens, input_pos, rows)
     return hidden[0], model.logits(hidden)[0]
 
 
@@ -124,12 +135,14 @@ class Sampling:
 class PhaseClock:
     """Seconds spent in named phases. On CUDA it records events, so that asking for the time is the only wait."""
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, *, on: bool = True):
+        self.cuda, self.on = device.type == "cuda", on
         self.marks: list[tuple[str | None, object]] = []
 
     def mark(self, ended: str | None = None) -> None:
         """A phase named `ended` ends here, and the next begins (None: idle time ends)."""
+        if not self.on:
+            return
         if self.cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -149,6 +162,84 @@ class PhaseClock:
         return totals
 
 
+class GraphRound:
+    """One round as one CUDA graph: state and outcome live in static tensors that each replay reads and overwrites.
+
+    Seconds of a round and of its drafting are measured on replays, as nothing inside a graph can be timed one by one.
+    """
+
+    def __init__(self, engine: Engine, K: int, sampling: Sampling):
+        n = engine.max_seq_length  # rows that no answer uses: what is computed here must not touch a kept cache
+        state = torch.zeros(2, dtype=torch.int64, device=engine.device), torch.tensor(n, device=engine.device)
+        self.state, clock = state, PhaseClock(engine.device, on=False)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, and allocates what is kept between calls
+                engine.run_round(K, state, sampling, clock)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph, drafting = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        for graph in (self.graph, drafting):
+            if sampling.temperature is not None:
+                graph.register_generator_state(sampling.generator)
+        with torch.cuda.graph(self.graph):
+            new, self.outcome = engine.run_round(K, state, sampling, clock)
+            for old, value in zip(state, new):
+                old.copy_(value)
+        if K:
+            with torch.cuda.graph(drafting, pool=self.graph.pool()):
+                engine.draft_round(K, state, sampling)
+        self.seconds, self.draft_seconds = self._time(self.graph, n), self._time(drafting, n) if K else 0.0
+
+    def _time(self, graph: torch.cuda.CUDAGraph, n: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        seconds = []
+        for _ in range(4):
+            self.state[1].fill_(n)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1000)
+        return min(seconds)
+
+    def set(self, state: tuple[Tensor, Tensor]) -> None:
+        for static, value in zip(self.state, state):
+            static.copy_(value)
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.outcome
+
+
+class ChooseK:
+    """Draft length for the next round: the K of most tokens a second, from measured times and the acceptance seen so far.
+
+    E tokens(K) = 1 + sum over i <= K of P(d_1..d_i kept); positions count as independent, those never drafted take the mean
+    rate. Depends on committed tokens and on `seconds` alone, which ranks share.
+    """
+
+    def __init__(self, seconds: dict[int, float]):
+        self.seconds = seconds  # of a round, by K
+        self.kept, self.tried = [0.0] * max(seconds), [0.0] * max(seconds)
+
+    def saw(self, K: int, accepted: int) -> None:
+        """A round that kept `accepted` of K draft tokens; older rounds count less and less."""
+        for i in range(len(self.kept)):
+            self.kept[i] = DECAY * self.kept[i] + (i < accepted)
+            self.tried[i] = DECAY * self.tried[i] + (i < min(accepted + 1, K))
+
+    def __call__(self) -> int:
+        mean = (sum(self.kept) + 8) / (sum(self.tried) + 10)  # begins at 0.8
+        tokens, alive, best = 1.0, 1.0, (0.0, 0)
+        for i in range(max(self.seconds)):
+            alive *= (self.kept[i] + 4 * mean) / (self.tried[i] + 4)
+            tokens += alive
+            if i + 1 in self.seconds:
+                best = max(best, (tokens / self.seconds[i + 1], i + 1))
+        return best[1]
+
+
 class Engine:
     """A target, optionally a draft and a judge, and the rounds between them. Batch 1.
 
@@ -157,114 +248,170 @@ class Engine:
         print(block.tokens, block.sources)
     engine.stats    # the object that --json writes
 
-    threshold defaults to the head's own. max_seq_length bounds prompt and answer together. stop_tokens defaults to the
-    target config's. tokenizer is only used to put text into `stats`. impl is the acceptance rule's: 'torch' or 'triton',
-    by default triton on CUDA and torch elsewhere. compile=True compiles the steps when they first run; see warmup().
+    speculate_k "auto" chooses among AUTO_K in every round (see ChooseK). threshold defaults to the head's own. max_seq_length
+    bounds prompt and answer together. stop_tokens defaults to the target config's. tokenizer is only used to put text into
+    `stats`. impl is the acceptance rule's: 'torch' or 'triton', by default triton on CUDA and torch elsewhere. compile=True
+    compiles the steps when they first run (see warmup), and on CUDA records rounds as graphs, unless graphs=False.
     ValueError where draft, target and judge do not fit together.
     """
 
     def __init__(self, target: Transformer, draft: Transformer | None = None, judge: JudgeHead | None = None, *,
-                 speculate_k: int = SPECULATE_K, threshold: float | None = None, max_seq_length: int = 2048,
+                 speculate_k: int | str = SPECULATE_K, threshold: float | None = None, max_seq_length: int = 2048,
                  stop_tokens: tuple[int, ...] | None = None, tokenizer: Tokenizer | None = None, compile: bool = False,
-                 impl: str | None = None):
+                 impl: str | None = None, graphs: bool = True):
         check_fit(target.config, draft and draft.config, judge, speculate_k=speculate_k, threshold=threshold)
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
-        self.device, self.speculate_k, self.compiled, self.shard = target.device, speculate_k, compile, target.shard
+        self.device, self.compiled, self.shard = target.device, compile, target.shard
+        self.auto = speculate_k == "auto"
+        self.speculate_k = max(AUTO_K) if self.auto else speculate_k
         self.judge = judge.to(self.device) if judge else None
         self.rule = RULES[0 if draft is None else 1 if judge is None else 2]
         self.threshold = (judge.threshold if threshold is None else threshold) if judge else None
         self.max_seq_length = min(max_seq_length, target.config.max_position_embeddings)
-        rows = self.max_seq_length + 2 * (speculate_k + 1)  # a last block, and one in flight, must not write outside
+        rows = self.max_seq_length + 2 * (self.speculate_k + 1) + 1  # a last block, and one in flight, must not write outside
         for model in filter(None, (target, draft)):
             if model.max_seq_length < rows:
                 model.setup_caches(max_batch_size=1, max_seq_length=rows)
         self.stop_tokens = target.config.eos_token_ids if stop_tokens is None else stop_tokens
         self._stop_tokens = torch.tensor(self.stop_tokens, dtype=torch.int64, device=self.device)
         self._delta = torch.tensor(1.0, device=self.device)  # refilled for each answer; 1 makes the judge silent
-        self._offsets = torch.arange(-1, speculate_k + 1, device=self.device)
+        self._temperature = torch.tensor(1.0, device=self.device)  # refilled too
+        self._generator = torch.Generator(self.device)
+        self._offsets = torch.arange(-1, self.speculate_k + 1, device=self.device)
         self.stats: dict = {}
-        impl = impl or ("triton" if self.device.type == "cuda" else "torch")
-        wrap = compiled if compile else (lambda f: f)
+        gpu = self.device.type == "cuda"
+        self.ahead = int(gpu)  # rounds launched beyond the one that is read
+        self._impl = impl or ("triton" if gpu else "torch")
+        self._graphs: dict[tuple, GraphRound] | None = {} if compile and gpu and graphs else None
+        self._choosers: dict[str, ChooseK] = {}
+        if compile and gpu:  # one block, reused by every layer: a large model's whole pass would take minutes to compile
+            for model in filter(None, (target, draft)):
+                model.compile_parts()
+        wrap = compiled if compile and not gpu else (lambda f: f)
         self._next_token, self._draft_steps, self._verify = wrap(next_token), wrap(draft_steps), wrap(verify)
+        self._read_chunk = {model: wrap(next_token) for model in filter(None, (target, draft))}
         self._draft_chunk = max(1, DRAFT_CHUNK_LAYERS // draft.config.num_layers) if draft else 0
-        self._accept = accept if impl == "triton" else wrap(accept)  # the kernel is compiled already
-        self._impl = impl
+        self._accept = accept if self._impl == "triton" else wrap(accept)  # the kernel is compiled already
 
-    def _decode(self, state: tuple[Tensor, Tensor], sampling: Sampling, clock: PhaseClock):
-        """A round without a draft: one step of the target."""
+    def _rows(self, model: Transformer, end: int) -> Tensor | None:
+        """The part of the cache that attention reads, to row `end` at least; None where its kernel knows by itself."""
+        if self.device.type == "cuda":
+            return None
+        rows = model.rows[:min(-(-end // ROW_STEP) * ROW_STEP, model.max_seq_length - 1)]  # -1: never the whole
+        if self.compiled:
+            torch._dynamo.mark_dynamic(rows, 0, min=2, max=model.max_seq_length - 1)
+        return rows
+
+    def run_round(self, K: int, state: tuple[Tensor, Tensor], sampling: Sampling, clock: PhaseClock, end: int = 0):
+        """A round of K draft tokens (0: one step of the target): state in, state out, nothing read back to the host.
+
+        state: the last two tokens int64 [2], the last one's position int64 []. -> state, outcome int64: the tokens
+        d_1..d_K and next [K+1], a, status, the sources of d [K]. Rows in use end at `end`.
+        """
         pair, n = state
-        token, _, status = self._next_token(self.target, pair[None, 1:], n[None], sampling.temperature, sampling.top_k,
-                                            sampling.draw("exponential", self.target.config.vocab_size))
+        if not K:
+            token, _, status = self._next_token(
+                self.target, pair[None, 1:], n[None], sampling.temperature, sampling.top_k,
+                sampling.draw("exponential", self.target.config.vocab_size), self._rows(self.target, end))
+            clock.mark("verify")
+            return (torch.stack((pair[1], token)), n + 1), torch.stack((token, torch.zeros_like(token), status.to(torch.int64)))
+        drafted, q = self.draft_round(K, state, sampling, end)
+        clock.mark("draft")
+        hidden, logits = self._verify(self.target, torch.cat((pair[1:], drafted))[None], n + self._offsets[1:K + 2],
+                                      self._rows(self.target, end))
+        if sampling.temperature is not None:
+            logits = self.shard.gather(logits)
         clock.mark("verify")
-        return (torch.stack((pair[1], token)), n + 1), (token[None], None, None, status)
+        decision = self._decide(hidden, logits, drafted, draft_probs=q, sampling=sampling)
+        block = torch.cat((pair[1:], drafted))  # [K+1]; row a is the last token kept
+        a, token = decision.accept_len, decision.next_token
+        state = torch.stack((block.gather(0, a[None])[0], token)), n + a + 1
+        outcome = torch.cat((drafted, torch.stack((token, a, decision.status.to(torch.int64))), decision.source.to(torch.int64)))
+        clock.mark("accept")
+        return state, outcome
 
-    def _draft(self, state: tuple[Tensor, Tensor], sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    def draft_round(self, K: int, state: tuple[Tensor, Tensor], sampling: Sampling, end: int = 0) -> tuple[Tensor, Tensor | None]:
         """K tokens of the draft [K], and the distributions they were drawn from [K, V] (None when greedy).
 
         The first step reads the last two committed tokens: when the whole previous block was accepted, the draft has
         never read its last token. A fixed shape, no special case.
         """
         pair, n = state
-        tokens, input_pos = pair[None], n + self._offsets[:2]
+        tokens, input_pos, rows = pair[None], n + self._offsets[:2], self._rows(self.draft, end)
         drafted, distributions = [], []
-        for start in range(0, self.speculate_k, self._draft_chunk):
-            steps = min(self._draft_chunk, self.speculate_k - start)
+        for start in range(0, K, self._draft_chunk):
+            steps = min(self._draft_chunk, K - start)
             new, q = self._draft_steps(self.draft, tokens, input_pos, steps, sampling.temperature, sampling.top_k,
-                                       sampling.draw("exponential", steps, self.draft.config.vocab_size))
+                                       sampling.draw("exponential", steps, self.draft.config.vocab_size), rows)
             drafted.append(new)
             distributions.append(q)
             tokens, input_pos = new[None, -1:], n + self._offsets[start + steps + 1:start + steps + 2]
         return torch.cat(drafted), None if sampling.temperature is None else torch.cat(distributions)
-
-    def _speculate(self, state: tuple[Tensor, Tensor], sampling: Sampling, clock: PhaseClock):
-        """A round with a draft: state in, state out, nothing read back to the host."""
-        pair, n = state
-        drafted, q = self._draft(state, sampling)
-        clock.mark("draft")
-        hidden, logits = self._verify(self.target, torch.cat((pair[1:], drafted))[None], n + self._offsets[1:])
-        if sampling.temperature is not None:
-            logits = self.shard.gather(logits)
-        clock.mark("verify")
-        decision = self._decide(hidden, logits, drafted, draft_probs=q, sampling=sampling)
-        block = torch.cat((pair[1:], drafted))  # [K+1]; row a is the last token kept
-        a = decision.accept_len
-        state = torch.stack((block.gather(0, a[None])[0], decision.next_token)), n + a + 1
-        clock.mark("accept")
-        return state, (torch.cat((drafted, decision.next_token[None])), a, decision.source, decision.status)
 
     def _decide(self, hidden: Tensor, logits: Tensor, drafted: Tensor, *, draft_probs: Tensor | None, sampling: Sampling):
         """The acceptance rule (override it to try another one); see judge.accept for shapes."""
         return self._accept(
             hidden, logits, drafted, head=self.judge, threshold=self._delta, stop_tokens=self._stop_tokens,
             temperature=sampling.temperature, top_k=sampling.top_k, draft_probs=draft_probs,
-            uniforms=sampling.draw("uniform", self.speculate_k), exponentials=sampling.draw("exponential", logits.shape[-1]),
+            uniforms=sampling.draw("uniform", len(drafted)), exponentials=sampling.draw("exponential", logits.shape[-1]),
             shard=self.shard, first_token=self.target.first_token, impl=self._impl)
 
-    def _read(self, result) -> Block:
-        """Bring one round's outcome to the host, whole; the only wait of a round."""
-        tokens, accept_len, source, status = result
-        if status.item():
+    def _graph(self, K: int, sampling: Sampling) -> GraphRound:
+        """The recorded round for these options; recorded anew where a model's caches moved."""
+        places = tuple(model.rows.data_ptr() for model in (self.target, self.draft) if model is not None)
+        key = (K, sampling.temperature is None, sampling.top_k, places)
+        if key not in self._graphs:
+            self._graphs = {old: graph for old, graph in self._graphs.items() if old[-1] == places}
+            self._graphs[key] = GraphRound(self, K, sampling)
+        return self._graphs[key]
+
+    def _send(self, outcome: Tensor) -> Callable[[], list[int]]:
+        """Start bringing an outcome to the host; what is returned waits for it, the only wait of a round."""
+        if self.device.type != "cuda":
+            return outcome.tolist
+        host, arrived = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(outcome, non_blocking=True)
+        arrived.record()
+
+        def receive() -> list[int]:
+            arrived.synchronize()
+            return host.tolist()
+        return receive
+
+    def _block(self, outcome: list[int], budget: int) -> Block:
+        """What a round committed, cut after a stop token and to `budget` tokens."""
+        K = (len(outcome) - 3) // 2
+        tokens, a, status, sources = outcome[:K + 1], outcome[K + 1], outcome[K + 2], outcome[K + 3:]
+        if status:
             raise FloatingPointError("the target's logits are not finite (NaN or infinity): the weights are damaged, or "
                                      "overflow in this dtype; try --dtype bfloat16 or float32")
-        if accept_len is None:
-            return Block(tokens.tolist(), ["target"])
-        a = int(accept_len)
-        tokens, sources = tokens.tolist(), [SOURCES[s] for s in source.tolist()]
-        return Block([*tokens[:a], tokens[-1]], [*sources[:a], "target"])
+        tokens, names = [*tokens[:a], tokens[K]], [*(SOURCES[source] for source in sources[:a]), "target"]
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))
+        end = min(end, budget)
+        return Block(tokens[:end], names[:end])
 
     def _prefill(self, prompt: list[int], begin: int, sampling: Sampling, *, with_draft: bool):
-        """Read prompt[begin:] into the caches, which hold what is before it, and draw the first new token."""
+        """Read prompt[begin:] into the caches, which hold what is before it, and draw the first new token.
+
+        A prompt's length is a dynamic size on a CPU, and on CUDA chunks run uncompiled: neither compiles anew for it.
+        """
         ids = torch.tensor(prompt, device=self.device)
         input_pos = torch.arange(len(prompt), device=self.device)
-        last = begin + (len(prompt) - 1 - begin) // PREFILL_CHUNK * PREFILL_CHUNK  # where the last chunk begins
         for model in (self.draft, self.target) if with_draft else (self.target,):
-            for start in range(begin, last, PREFILL_CHUNK):
-                model(ids[None, start:start + PREFILL_CHUNK], input_pos[start:start + PREFILL_CHUNK])
-        if with_draft:
-            self.draft(ids[None, last:], input_pos[last:])
-        token, _, status = next_token(self.target, ids[None, last:], input_pos[last:], sampling.temperature, sampling.top_k,
-                                      sampling.draw("exponential", self.target.config.vocab_size))
-        return (torch.stack((ids[-1], token)), input_pos[-1] + 1), (token[None], None, None, status)
+            options = () if model is self.draft else (
+                sampling.temperature, sampling.top_k, sampling.draw("exponential", self.target.config.vocab_size))
+            for start in range(begin, len(prompt), PREFILL_CHUNK):
+                end = min(start + PREFILL_CHUNK, len(prompt))
+                tokens, places = ids[None, start:end], input_pos[start:end]
+                read, rows = next_token, self._rows(model, end)
+                if self.compiled and self.device.type == "cpu" and end - start >= PREFILL_COMPILED:
+                    read = self._read_chunk[model]
+                    torch._dynamo.mark_dynamic(tokens, 1, min=PREFILL_COMPILED, max=PREFILL_CHUNK)
+                    torch._dynamo.mark_dynamic(places, 0, min=PREFILL_COMPILED, max=PREFILL_CHUNK)
+                with model.uncompiled_parts():
+                    token, _, status = read(model, tokens, places, *(options or (None, None, None)), rows)
+        zero = torch.zeros_like(token)
+        return (torch.stack((ids[-1], token)), input_pos[-1] + 1), torch.stack((token, zero, status.to(torch.int64)))
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
@@ -286,14 +433,18 @@ class Engine:
         max_new_tokens = check_length(len(prompt_ids), max_new_tokens, self.max_seq_length)
         threshold = self.threshold if rule == "judge" else None
         self._delta.fill_(1.0 if threshold is None else threshold)
-        sampling = Sampling(torch.tensor(float(temperature), device=self.device) if temperature else None, top_k,
-                            torch.Generator(self.device).manual_seed(seed))
+        self._temperature.fill_(temperature or 1.0)
+        sampling = Sampling(self._temperature if temperature else None, top_k, self._generator)
+        choose = self._chooser(rule, sampling) if self.auto and rule != "none" else None
         K = self.speculate_k if rule != "none" else 0
-        run_round = self._speculate if K else self._decode
+        if self._graphs is not None and choose is None:
+            self._graph(K, sampling)  # recorded before the prompt is read
+        self._generator.manual_seed(seed)
         models = (self.target, self.draft) if K else (self.target,)
         tokens: list[int] = []
         kept = {"exact": 0, "judge": 0, "target": 0}
         by_position, rounds, finish_reason, first_token = [0] * K, 0, "length", None
+        drafted, in_graphs = 0, {"draft": 0.0, "verify": 0.0}
         clock, start = PhaseClock(self.device), time.perf_counter()
         clock.mark()
         try:
@@ -301,22 +452,36 @@ class Engine:
             begin = min(kept_rows) if keep_cache else 0
             for model in models:
                 model.cached = []
-            state, result = self._prefill(prompt_ids, begin, sampling, with_draft=K > 0)
+            state, outcome = self._prefill(prompt_ids, begin, sampling, with_draft=K > 0)
             clock.mark("prefill")
+            flights, graph = deque([(0, self._send(outcome))]), None
             while True:
-                block = self._read(result)
-                block = self._cut(block, max_new_tokens - len(tokens))
+                while len(flights) <= self.ahead:
+                    clock.mark()
+                    if choose:
+                        K = choose()
+                    if self._graphs is None:
+                        end = len(prompt_ids) + len(tokens) + (1 + len(flights)) * (self.speculate_k + 1)
+                        state, outcome = self.run_round(K, state, sampling, clock, end)
+                    else:
+                        state, outcome, graph = self._replay(K, state, sampling, graph)
+                        in_graphs["draft"] += graph.draft_seconds
+                        in_graphs["verify"] += graph.seconds - graph.draft_seconds
+                    flights.append((K, self._send(outcome)))
+                used, receive = flights.popleft()
+                block = self._block(receive(), max_new_tokens - len(tokens))
                 self.shard.same(block.tokens)
                 tokens += block.tokens
                 if first_token is None:
                     first_token = time.perf_counter() - start
                 else:
                     rounds += 1
-                    drafted = [s for s in block.sources if s != "target"]
+                    drafted += used
                     for i, source in enumerate(block.sources):
                         kept[source] += 1
-                        if i < len(drafted):
-                            by_position[i] += 1
+                        by_position[i:i + 1] = [by_position[i] + 1] if source != "target" else by_position[i:i + 1]
+                    if choose:
+                        choose.saw(used, sum(source != "target" for source in block.sources))
                 if block.tokens[-1] in self.stop_tokens:
                     finish_reason = "stop"
                 paused = time.perf_counter()
@@ -329,8 +494,6 @@ class Engine:
                 start += time.perf_counter() - paused  # the consumer's time is not ours
                 if stopped or finish_reason == "stop" or len(tokens) >= max_new_tokens:
                     break
-                clock.mark()
-                state, result = run_round(state, sampling, clock)
         except FloatingPointError:
             for model in models:
                 model.clear_caches()  # NaN in a dead row would still reach every answer
@@ -340,7 +503,7 @@ class Engine:
             for model in models:
                 model.cached = [*prompt_ids, *tokens][:-2] if tokens else []
             seconds = time.perf_counter() - start
-            phases = clock.seconds()
+            phases = in_graphs if self._graphs is not None else clock.seconds()
             accepted = kept["exact"] + kept["judge"]
             self.stats = {
                 "prompt": self.tokenizer and self.tokenizer.decode(prompt_ids),
@@ -349,19 +512,39 @@ class Engine:
                 "seconds": seconds, "seconds_to_first_token": first_token, "tokens_per_second": len(tokens) / seconds,
                 "rounds": rounds, "tokens_per_round": (len(tokens) - 1) / rounds if rounds else 0.0,
                 "accepted_per_round": accepted / rounds if rounds else 0.0,
+                "drafted_per_round": drafted / rounds if rounds else 0.0,
                 "accepted_exact": kept["exact"], "accepted_judge": kept["judge"],
                 "acceptance_by_position": [count / rounds if rounds else 0.0 for count in by_position],
                 "draft_share": phases.get("draft", 0.0) / seconds, "verify_share": phases.get("verify", 0.0) / seconds,
-                "rule": rule, "speculate_k": K, "threshold": threshold, "temperature": temperature, "top_k": top_k,
+                "rule": rule, "speculate_k": len(by_position), "threshold": threshold, "temperature": temperature, "top_k": top_k,
                 "seed": seed, "device": device_name(self.device), "dtype": str(self.target.dtype).removeprefix("torch."),
                 "compiled": self.compiled, "world_size": self.shard.world,
             }
 
-    def _cut(self, block: Block, budget: int) -> Block:
-        """Drop what follows a stop token, and what exceeds the budget."""
-        end = next((i + 1 for i, token in enumerate(block.tokens) if token in self.stop_tokens), len(block.tokens))
-        end = min(end, budget)
-        return Block(block.tokens[:end], block.sources[:end])
+    def _replay(self, K: int, state: tuple[Tensor, Tensor], sampling: Sampling, last: GraphRound | None):
+        """The next round from the graph for K; the state moves when it is another one's."""
+        graph = self._graph(K, sampling)
+        if graph is not last:
+            graph.set(state)
+        return graph.state, graph(), graph
+
+    def _chooser(self, rule: str, sampling: Sampling) -> ChooseK:
+        """The chooser of a rule; before its first answer, rounds of every K are timed, on rank 0 for all ranks."""
+        if rule not in self._choosers:
+            seconds, n = {}, torch.tensor(self.max_seq_length, device=self.device)  # rows that no answer uses
+            for K in AUTO_K:
+                state = torch.zeros(2, dtype=torch.int64, device=self.device), n
+                if self._graphs is not None:
+                    seconds[K] = self._graph(K, sampling).seconds
+                    continue
+                times = []
+                for _ in range(12):  # the first ones compile
+                    begin = time.perf_counter()
+                    self.run_round(K, state, sampling, PhaseClock(self.device, on=False), 2 * ROW_STEP)[1].tolist()
+                    times.append(time.perf_counter() - begin)
+                seconds[K] = sorted(times)[3]
+            self._choosers[rule] = ChooseK(self.shard.from_first(seconds))
+        return self._choosers[rule]
 
     def warmup(self, *, temperature: float = 0.0, top_k: int | None = None, rules: tuple[str, ...] | None = None) -> float:
         """Run a few tokens under each rule, so that everything is compiled; returns the seconds it took."""
@@ -369,18 +552,22 @@ class Engine:
         stop_tokens, self.stop_tokens = self.stop_tokens, ()
         try:
             for rule in rules or (self.rule,):
-                new_tokens = 2 + 2 * (self.speculate_k + 1)
-                for _ in self.generate([0, 0], max_new_tokens=min(new_tokens, self.max_seq_length - 2),
-                                       temperature=temperature, top_k=top_k, rule=rule):
+                prompt = [0] * max(2, min(PREFILL_COMPILED, self.max_seq_length // 2))
+                new_tokens = min(2 + 2 * (self.speculate_k + 1), self.max_seq_length - len(prompt))
+                for _ in self.generate(prompt, max_new_tokens=new_tokens, temperature=temperature, top_k=top_k, rule=rule):
                     pass
         finally:
             self.stop_tokens, self.stats = stop_tokens, {}
         return time.perf_counter() - start
 
 
-def check_fit(target: ModelConfig, draft: ModelConfig | None, judge: JudgeHead | None, *, speculate_k: int,
+def check_fit(target: ModelConfig, draft: ModelConfig | None, judge: JudgeHead | None, *, speculate_k: int | str,
               threshold: float | None) -> None:
     """ValueError where draft, target, judge and the round's settings do not fit together."""
+    if speculate_k == "auto":
+        speculate_k = max(AUTO_K)
+    if not isinstance(speculate_k, int):
+        raise ValueError(f"got speculate_k {speculate_k!r}, expected a number from 1 to {MAX_K}, or auto")
     if speculate_k < 1:
         raise ValueError(f"got speculate_k {speculate_k}, expected 1 or more ({MAX_K} at most); {SPECULATE_K} is a good start")
     if speculate_k > MAX_K:
@@ -658,7 +845,7 @@ def load_engine(setup: Setup, args: argparse.Namespace, max_seq_length: int, sha
             tp.compile_in_turn()
         rules = ("none", "judge") if compares(args) else (engine.rule,)
         parts = (["one target step"] if "none" in rules else []) + (
-            [] if draft is None else ["draft step", f"verification of {args.speculate_k + 1} tokens", "acceptance rule"])
+            [] if draft is None else ["draft step", f"verification of {engine.speculate_k + 1} tokens", "acceptance rule"])
         say(f"compiling: {', '.join(parts)} (about a minute the first time, seconds once cached) ...", end=" ")
         say(f"done in {engine.warmup(temperature=args.temperature, top_k=args.top_k, rules=rules):.1f} s")
     return engine
@@ -732,7 +919,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", nargs="?", const="", metavar="HEAD",
         help="keep what the judge head finds correct (default HEAD: judge.safetensors beside the target or above it)")
     add("--threshold", type=float, metavar="δ", help="score a token must exceed, 0..1 (default: the head's own; 1: lossless)")
-    add("--speculate_k", type=int, default=SPECULATE_K, metavar="K", help="tokens drafted a round (default: %(default)s)")
+    add("--speculate_k", type=lambda text: text if text == "auto" else int(text), default=SPECULATE_K, metavar="K",
+        help=f"tokens drafted a round (default: %(default)s); auto: of {', '.join(map(str, AUTO_K))} the best by measured times "
+             "and the acceptance so far")
     add = parser.add_argument_group("prompt").add_argument
     add("--prompt", help="one user turn in the chat format, where the tokenizer has it")
     add("--system", metavar="TEXT", help="a system turn before it")

@@ -3,7 +3,7 @@
 One forward pass returns *hidden states before the final norm*, so that the judge head and the LM head share it:
 `model(tokens, input_pos)` gives hidden, `model.logits(hidden)` gives logits. The cache is static: every shape is known
 when the model is compiled, position p is written to row p, and rows past the committed position are simply dead until
-they are overwritten. The price is attention over the whole allocated length; allocate what you need.
+they are overwritten. Attention reads the rows that its caller bounds it to, not all that were allocated.
 
 q, k and v are read from three tensors into one matrix, and so are gate and up: at batch 1 a step is a handful of
 matrix-vector products, and fewer, larger ones run closer to the memory limit.
@@ -22,6 +22,7 @@ It does not read pickles, biases, other RoPE variants than Llama's, or architect
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -480,7 +481,8 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if input_pos is not None:
-            k, v = self.cache.update(input_pos, k, v)  # [B, Hkv, T, Dh]
+            k, v = self.cache.update(input_pos, k, v)
+            k, v = k[:, :, :mask.shape[1]], v[:, :, :mask.shape[1]]  # [B, Hkv, T, Dh], T: rows in use
         group = self.heads // self.kv_heads
         q = q.reshape(B, self.kv_heads, group * S, self.head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(group, 1))
@@ -530,6 +532,7 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.shard: Whole = WHOLE
+        self.run_block, self.run_head = Block.forward, head  # compile_parts replaces them
         self.register_buffer("first_token", torch.zeros((), dtype=torch.int64), persistent=False)  # of this rank's vocabulary
         self.max_seq_length = 0
         self.cached: list[int] = []  # tokens whose rows in the caches are right; kept by who runs the model
@@ -597,6 +600,20 @@ class Transformer(nn.Module):
         self.register_buffer("rows", torch.arange(max_seq_length, device=device), persistent=False)
         self.max_seq_length, self.cached = max_seq_length, []
 
+    def compile_parts(self) -> None:
+        """Compile one block, which all layers share as they differ in data alone, and the way to the logits."""
+        if self.run_block is Block.forward:
+            self.run_block, self.run_head = (torch.compile(f, dynamic=False, fullgraph=True) for f in (Block.forward, head))
+
+    @contextlib.contextmanager
+    def uncompiled_parts(self) -> Iterator[None]:
+        """Within it passes run uncompiled: for lengths that come once each."""
+        parts, (self.run_block, self.run_head) = (self.run_block, self.run_head), (Block.forward, head)
+        try:
+            yield
+        finally:
+            self.run_block, self.run_head = parts
+
     def clear_caches(self) -> None:
         """Forget everything, NaN and infinity in dead rows too."""
         for layer in self.layers:
@@ -604,11 +621,12 @@ class Transformer(nn.Module):
             layer.self_attn.cache.v.zero_()
         self.cached = []
 
-    def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, input_pos: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """tokens [B, S] int64 at positions input_pos [S] int64 -> hidden [B, S, D], before the final norm.
 
-        Row s attends to cache rows 0..input_pos[s], its own included. Without input_pos no cache is read or written:
-        causal attention over the S tokens alone (training, scoring), differentiable.
+        Row s attends to cache rows 0..input_pos[s], its own included. `rows`, a beginning of self.rows that reaches to the
+        last position at least, bounds what attention reads (default: the whole cache). Without input_pos no cache is read or
+        written: causal attention over the S tokens alone (training, scoring), differentiable.
         """
         if input_pos is None:
             S = tokens.shape[1]
@@ -616,10 +634,10 @@ class Transformer(nn.Module):
             mask = torch.ones(S, S, dtype=torch.bool, device=tokens.device).tril()
         else:
             cos, sin = self.cos[input_pos], self.sin[input_pos]
-            mask = self.rows <= input_pos[:, None]  # [S, T]
+            mask = (self.rows if rows is None else rows) <= input_pos[:, None]  # [S, T]
         x = self.embed(tokens)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, input_pos)
+            x = self.run_block(layer, x, cos, sin, mask, input_pos)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -632,7 +650,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] before the final norm -> logits [..., V] in the model's dtype (V: of this rank)."""
-        return self.lm_head(self.norm(hidden))
+        return self.run_head(self.norm, self.lm_head, hidden)
+
+
+def head(norm: RMSNorm, lm_head: nn.Module, hidden: Tensor) -> Tensor:
+    return lm_head(norm(hidden))
 
 
 def rope_tables(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
