@@ -402,7 +402,7 @@ class Engine:
                 sampling.temperature, sampling.top_k, sampling.draw("exponential", self.target.config.vocab_size))
             for start in range(begin, len(prompt), PREFILL_CHUNK):
                 end = min(start + PREFILL_CHUNK, len(prompt))
-                tokens, places = ids[None, start:end], input_pos[start:end]
+                tokens, places = ids[start:end][None], input_pos[start:end]  # strides of its own length
                 read, rows = next_token, self._rows(model, end)
                 if self.compiled and self.device.type == "cpu" and end - start >= PREFILL_COMPILED:
                     read = self._read_chunk[model]

@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import generate
-from generate import Engine, check_fit, check_tokenizers
+from generate import AUTO_K, ChooseK, Engine, can_compile, check_fit, check_tokenizers
 from judge import JudgeHead, probs
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -331,6 +332,72 @@ def test_top_k_one_is_greedy():
     target = random_model(1)
     engine = Engine(target, near(target, 0.1), speculate_k=4, stop_tokens=(), max_seq_length=128)
     assert run(engine, temperature=1.0, top_k=1) == greedy(target, PROMPT, 40)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 5, "seed": 3}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rule", ["none", "exact", "judge"])
+def test_a_round_in_flight_changes_nothing(rule, sampling):
+    """The next round launched before the last is read: the same blocks and statistics, also in a chat's next turn."""
+    target = random_model(1)
+    draft, head, seen = near(target, 0.1), random_head(32), []
+    for ahead in (0, 1, 3):
+        engine = Engine(target, draft, head, speculate_k=3, max_seq_length=160, stop_tokens=(11, 23))
+        engine.ahead, answers = ahead, []
+        target.setup_caches(1, 160 + 8 + 4 * ahead)
+        for prompt, keep in ((PROMPT, False), ([*PROMPT, 30, 31, 32], True)):
+            blocks = list(engine.generate(prompt, max_new_tokens=50, rule=rule, keep_cache=keep, **sampling))
+            answers.append((blocks, {k: v for k, v in engine.stats.items() if "second" not in k and "share" not in k}))
+        seen.append(answers)
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.skipif(can_compile(torch.device("cpu")) is not None, reason="no C++ compiler")
+def test_no_prompt_length_compiles_anew(monkeypatch):
+    """After the warm-up, 20 prompts of other lengths, some in several chunks and from an empty to a full cache."""
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 128)
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.1), random_head(32), compile=True, speculate_k=4, stop_tokens=(), max_seq_length=512)
+    plain = Engine(target, engine.draft, engine.judge, speculate_k=4, stop_tokens=(), max_seq_length=512)
+    generator = torch.Generator().manual_seed(0)
+    engine.warmup(rules=("none", "judge"))
+    compiled = counters["stats"]["unique_graphs"]
+    for length in [1, 2, 3, 15, 16, 17, 40, 63, 64, 65, 100, 127, 128, 129, 130, 200, 256, 272, 333, 503]:
+        prompt = torch.randint(0, 40, (length,), generator=generator).tolist()
+        for rule in ("none", "judge"):
+            if length in (17, 272):
+                assert run(engine, prompt, 9, rule=rule) == run(plain, prompt, 9, rule=rule)
+            else:
+                run(engine, prompt, 9, rule=rule)
+        assert counters["stats"]["unique_graphs"] == compiled, length
+
+
+def test_k_is_chosen_by_time_and_acceptance():
+    """A draft that always errs gets the shortest block, one that never errs the longest that pays."""
+    seconds = {K: 1.0 + 0.1 * K for K in (1, 4, 16)}
+    for share, best in ((0.0, 1), (1.0, 16)):
+        choose = ChooseK(seconds)
+        for _ in range(200):
+            K = choose()
+            choose.saw(K, round(share * K))
+        assert choose() == best
+    rng, rate = random.Random(0), 0.8
+    choose = ChooseK(seconds)
+    for _ in range(500):
+        K = choose()
+        choose.saw(K, next((i for i in range(K) if rng.random() > rate), K))
+    tokens = {K: sum(rate**i for i in range(K + 1)) / seconds[K] for K in seconds}
+    assert choose() == max(tokens, key=tokens.get) == 4
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_chosen_k_keeps_the_exact_rule_lossless(draft):
+    target = random_model(1)
+    engine = Engine(target, near(target, DRAFTS[draft]), speculate_k="auto", stop_tokens=(), max_seq_length=128)
+    assert run(engine, n=60) == greedy(target, PROMPT, 60)
+    stats = engine.stats
+    assert stats["speculate_k"] == max(AUTO_K) == len(stats["acceptance_by_position"])
+    assert min(AUTO_K) <= stats["drafted_per_round"] <= max(AUTO_K)
 
 
 def test_compiled_steps_give_the_same_tokens():
