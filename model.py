@@ -3,7 +3,8 @@
 One forward pass returns *hidden states before the final norm*, so that the judge head and the LM head share it:
 `model(tokens, input_pos)` gives hidden, `model.logits(hidden)` gives logits. The cache is static: every shape is known
 when the model is compiled, position p is written to row p, and rows past the committed position are simply dead until
-they are overwritten. Attention reads the rows that its caller bounds it to, not all that were allocated.
+they are overwritten. Attention costs what the length in use costs: on CUDA a Triton kernel reads the positions on the device,
+elsewhere it is masked attention over the rows that the caller bounds it to.
 
 q, k and v are read from three tensors into one matrix, and so are gate and up: at batch 1 a step is a handful of
 matrix-vector products, and fewer, larger ones run closer to the memory limit.
@@ -27,11 +28,18 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no triton for this platform: the torch routes still run
+    triton = None
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -41,6 +49,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 READ_CHUNK_BYTES = 64 << 20  # host memory that reading a tensor of any size may take
 FEW_ROWS = 4  # up to here a multiply-and-sum is the faster linear layer on a CPU: 4 rows 1.8 ms, 8 rows 2.9 ms (see Linear)
+MAX_TILES = 1024  # of attention that may be split, each with its arrival counter; no chip has so many multiprocessors
 # One parameter of ours is read from several tensors of the checkpoint, stacked along the output dimension.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -413,6 +422,7 @@ class KVCache(nn.Module):
         shape = (batch, kv_heads, length, head_dim)
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("arrivals", torch.zeros(MAX_TILES, dtype=torch.int32, device=device), persistent=False)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, Hkv, S, Dh] to rows input_pos [S] and return the whole cache of these B sequences."""
@@ -460,12 +470,181 @@ class Whole:
 WHOLE = Whole()
 
 
-class Attention(nn.Module):
-    """Grouped-query attention. The G query heads that share a key head are folded into the row dimension of the query
-    ([B, Hkv, G·S, Dh]), so that keys and values are read once and never repeated."""
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [B, H, S, Dh], k and v [B, Hkv, T, Dh], mask [S, T] (True: attend) -> [B, H, S, Dh].
 
-    def __init__(self, config: ModelConfig):
+    The G query heads that share a key head are folded into the row dimension of the query ([B, Hkv, G·S, Dh]), so that keys
+    and values are read once and never repeated.
+    """
+    B, H, S, Dh = q.shape
+    group = H // k.shape[1]
+    y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], group * S, Dh), k, v, attn_mask=mask.repeat(group, 1))
+    return y.reshape(B, H, S, Dh)
+
+
+def attend_torch(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+    """The reference of attention over a cache: q [B, H, S, Dh], k and v [B, Hkv, T, Dh], input_pos [S] -> [B, H, S, Dh].
+
+    Row s attends to cache rows 0..input_pos[s]; query head h uses key head h // G. Any floating dtype, float64 too.
+    """
+    return grouped_attention(q, k, v, torch.arange(k.shape[2], device=q.device) <= input_pos[:, None])
+
+
+def jit(kernel):
+    """triton.jit where there is a triton."""
+    return triton.jit(kernel) if triton is not None else kernel
+
+
+@jit
+def attend_kernel(out, partial, arrivals, q, stride_qb, stride_qh, stride_qs, k, stride_kb, stride_kh, stride_kt,
+                  v, stride_vb, stride_vh, stride_vt, input_pos, kv_heads, group, S, HEAD_DIM: tl.constexpr,
+                  SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                  UNROLL: tl.constexpr, UPCAST: tl.constexpr):
+    """out[s, g] = softmax(q[s, g] · kᵀ / √Dh) · v over cache rows 0..input_pos[s], with an online softmax in fp32.
+
+    Grid (B·Hkv, blocks of the G·S query rows of a key head, SPLITS). A tile of rows needs the cache up to the last position
+    among them, read from input_pos here; its blocks of BLOCK_N rows are dealt out to the splits in equal runs, and splits that
+    get none leave at once. The others write (acc, max, sum) to partial [tiles, SPLITS, BLOCK_M · (BLOCK_D + 2)] and count in
+    arrivals[tile]; the last of them to arrive merges from split 0 on and sets the count back to 0. out is [B, S, H, Dh].
+
+    Query rows past G·S repeat row 0 and are not stored; columns past Dh are masked. Cache rows past a tile's last position are
+    not read; those past a query's own get weight 0. UPCAST: the interpreter multiplies bf16 as raw bits.
+    """
+    head, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = (head // kv_heads).to(tl.int64), head % kv_heads
+    row, d, lane = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    stored = (row < group * S)[:, None] & (d < HEAD_DIM)[None, :]
+    row = tl.where(row < group * S, row, 0)
+    s, query_head = row // group, h * group + row % group  # position by position: a tile of a long chunk ends early
+    pos = tl.load(input_pos + s).to(tl.int32)
+    length = tl.max(pos) + 1
+    blocks = tl.cdiv(length, BLOCK_N)
+    steps = tl.cdiv(blocks, SPLITS)
+    begin = split * steps * BLOCK_N
+    end = tl.minimum(begin + steps * BLOCK_N, length)
+
+    q_rows = q + b * stride_qb + query_head.to(tl.int64) * stride_qh + s.to(tl.int64) * stride_qs
+    x = tl.load(q_rows[:, None] + d[None, :], (d < HEAD_DIM)[None, :] & (begin < end), other=0)
+    k_block = k + b * stride_kb + h.to(tl.int64) * stride_kh + begin.to(tl.int64) * stride_kt
+    v_block = v + b * stride_vb + h.to(tl.int64) * stride_vh + begin.to(tl.int64) * stride_vt
+    top = tl.full([BLOCK_M], -3e38, tl.float32)  # finite: a row without a live key in this share has weights exp2(-inf) = 0
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = start + lane
+        kt = tl.load(k_block + (lane[None, :] * stride_kt + d[:, None]),
+                     (n < end)[None, :] & (d < HEAD_DIM)[:, None], other=0)  # [BLOCK_D, BLOCK_N]
+        w = tl.load(v_block + (lane[:, None] * stride_vt + d[None, :]),
+                    (n < end)[:, None] & (d < HEAD_DIM)[None, :], other=0)  # [BLOCK_N, BLOCK_D]; 0 times NaN would be NaN
+        if UPCAST:
+            x, kt, w = x.to(tl.float32), kt.to(tl.float32), w.to(tl.float32)
+        scores = tl.dot(x, kt, input_precision="ieee") * (1.4426950408889634 * HEAD_DIM ** -0.5)  # log2(e) / √Dh
+        scores = tl.where(n[None, :] <= pos[:, None], scores, -float("inf"))
+        new = tl.maximum(top, tl.max(scores, 1))
+        p, rescale = tl.exp2(scores - new[:, None]), tl.exp2(top - new)
+        total = total * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(w.dtype), w, acc * rescale[:, None], input_precision="ieee")
+        top = new
+        k_block += BLOCK_N * stride_kt
+        v_block += BLOCK_N * stride_vt
+
+    at = out + ((b * S + s) * kv_heads * group + query_head)[:, None] * HEAD_DIM + d[None, :]
+    if SPLITS == 1:
+        tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), stored)
+    elif begin < end:
+        tile, size = head * tl.num_programs(1) + block, BLOCK_M * (BLOCK_D + 2)
+        m = tl.arange(0, BLOCK_M)
+        share = partial + tile.to(tl.int64) * SPLITS * size
+        acc_at, top_at = m[:, None] * BLOCK_D + d[None, :], BLOCK_M * BLOCK_D + m
+        tl.store(share + split * size + acc_at, acc)
+        tl.store(share + split * size + top_at, top)
+        tl.store(share + split * size + top_at + BLOCK_M, total)
+        tl.debug_barrier()  # all of it is stored before this program counts as arrived
+        shares = tl.cdiv(blocks, steps)
+        if tl.atomic_add(arrivals + tile, 1) == shares - 1:
+            top = tl.full([BLOCK_M], -3e38, tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for i in tl.range(0, shares, loop_unroll_factor=UNROLL):  # several loads in flight
+                top_i = tl.load(share + i * size + top_at, cache_modifier=".cg")
+                new = tl.maximum(top, top_i)
+                old, add = tl.exp2(top - new), tl.exp2(top_i - new)
+                total = total * old + tl.load(share + i * size + top_at + BLOCK_M, cache_modifier=".cg") * add
+                acc = acc * old[:, None] + tl.load(share + i * size + acc_at, cache_modifier=".cg") * add[:, None]
+                top = new
+            tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), stored)
+            tl.store(arrivals + tile, 0)
+
+
+INTERPRETED = triton is not None and not isinstance(attend_kernel, triton.JITFunction)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def attend_options(rows: int, heads: int, T: int, head_dim: int, itemsize: int, processors: int) -> dict[str, int]:
+    """Block sizes and splits for `rows` = G·S query rows on each of `heads` = B·Hkv key heads: of shapes and the chip alone.
+
+    Tensor cores want 16 rows, and 64 once there are as many; float32 multiplies without them, in registers, hence its small
+    tiles. Warps and UNROLL are such that no register spills at Dh 64 and 128 (scripts/aot.py; 128 rows spill with 8 warps).
+    Splits give each multiprocessor one program, as 8 key heads at batch 1 would leave most idle; but one program reads
+    T / SPLITS rows of k and v, and the last one SPLITS · BLOCK_M rows in float32 as well, a sum that is smallest at the root
+    below. A model, not yet measured on a device.
+    """
+    half, block_d = itemsize < 4, max(16, 1 << (head_dim - 1).bit_length())
+    block_m, block_n = 16 if rows <= 16 or not half else 32 if rows <= 32 else 64, 64 if half else 32
+    tiles = heads * -(-rows // block_m)
+    splits = min(processors // tiles, -(-T // block_n), round(math.sqrt(T * itemsize / (2 * block_m))))
+    return {"SPLITS": max(1, splits) if tiles <= MAX_TILES else 1, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
+            "UNROLL": 4 if half else 2, "num_warps": 8 if block_m * block_d >= (8192 if half else 2048) else 4, "num_stages": 2}
+
+
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, arrivals: Tensor) -> Tensor:
+    """attend_torch by the kernel, in bf16, fp16 or fp32; any strides. input_pos ascends and stays below T.
+
+    arrivals: int32 [MAX_TILES] zeros, and zeros again afterwards; not to be shared by streams that run at once. The result
+    [B, H, S, Dh] is stored as [B, S, H, Dh]: the output projection reads it as it lies.
+    """
+    if triton is None or not (q.is_cuda or INTERPRETED):
+        raise ValueError(f"impl='triton': got {'no triton package' if triton is None else f'tensors on {q.device}'}, expected "
+                         "triton and a GPU; use impl='torch' (to test: TRITON_INTERPRET=1 before the import)")
+    (B, H, S, Dh), (kv_heads, T) = q.shape, k.shape[1:3]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(B, S, H, Dh, dtype=q.dtype, device=q.device)
+    rows = H // kv_heads * S
+    options = attend_options(rows, B * kv_heads, T, Dh, q.element_size(), multiprocessors(q.device))
+    grid = B * kv_heads, -(-rows // options["BLOCK_M"]), options["SPLITS"]
+    size = math.prod(grid) * options["BLOCK_M"] * (options["BLOCK_D"] + 2) if options["SPLITS"] > 1 else 1
+    partial = torch.empty(size, dtype=torch.float32, device=q.device)
+    attend_kernel[grid](out, partial, arrivals, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], input_pos, kv_heads,
+                        H // kv_heads, S, HEAD_DIM=Dh, UPCAST=INTERPRETED, **options)
+    return out.transpose(1, 2)
+
+
+def attend_fake(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, arrivals: Tensor) -> Tensor:
+    B, H, S, Dh = q.shape
+    return q.new_empty(B, S, H, Dh).transpose(1, 2)
+
+
+torch.library.define("gavel::attend", "(Tensor q, Tensor k, Tensor v, Tensor input_pos, Tensor arrivals) -> Tensor")
+torch.library.impl("gavel::attend", ("CPU", "CUDA"), attend_triton)
+torch.library.register_fake("gavel::attend", attend_fake)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention.
+
+    impl, where there is a cache: 'triton' (CUDA: `attend_triton`) or 'torch' (masked, over the whole cache); by default the
+    device's own. None replaces another.
+    """
+
+    def __init__(self, config: ModelConfig, *, impl: str | None = None):
         super().__init__()
+        if impl not in (None, "triton", "torch"):
+            raise ValueError(f"got impl {impl!r}, expected 'triton' or 'torch'")
+        self.impl = impl
         self.head_dim, self.shard = config.head_dim, WHOLE
         self.qkv_proj = Linear(config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * self.head_dim)
         self.o_proj = Linear(config.num_heads * self.head_dim, config.hidden_size)
@@ -481,12 +660,13 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if input_pos is not None:
-            k, v = self.cache.update(input_pos, k, v)
-            k, v = k[:, :, :mask.shape[1]], v[:, :, :mask.shape[1]]  # [B, Hkv, T, Dh], T: rows in use
-        group = self.heads // self.kv_heads
-        q = q.reshape(B, self.kv_heads, group * S, self.head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(group, 1))
-        y = y.reshape(B, self.heads, S, self.head_dim).transpose(1, 2).reshape(B, S, -1)
+            k, v = self.cache.update(input_pos, k, v)  # [B, Hkv, T, Dh]
+        if input_pos is not None and (self.impl or ("triton" if x.is_cuda else "torch")) == "triton":
+            y = torch.ops.gavel.attend(q, k, v, input_pos, self.cache.arrivals)
+        else:
+            used = mask.shape[1]
+            y = grouped_attention(q, k[:, :, :used], v[:, :, :used], mask)
+        y = y.transpose(1, 2).reshape(B, S, -1)
         return self.shard.all_reduce(self.o_proj(y))
 
 

@@ -33,7 +33,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import FEW_ROWS, SAFETENSORS_DTYPES, Checkpoint, Linear, ModelConfig, Transformer, checkpoint_names, linear, read_json
+from model import (
+    FEW_ROWS,
+    SAFETENSORS_DTYPES,
+    Checkpoint,
+    Linear,
+    ModelConfig,
+    Transformer,
+    checkpoint_names,
+    jit,
+    linear,
+    multiprocessors,
+    read_json,
+)
 
 try:
     import triton
@@ -126,11 +137,6 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
     return (packed.contiguous().view(torch.uint8) ^ 0x80).view(torch.int8)[:, :in_features]
 
 
-def jit(kernel):
-    """triton.jit where there is a triton."""
-    return triton.jit(kernel) if triton is not None else kernel
-
-
 @jit
 def int8_linear_kernel(out, partial, arrivals, x, stride_x, weight, scale, M, N, K, SPLITS: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
@@ -182,11 +188,6 @@ def int8_linear_kernel(out, partial, arrivals, x, stride_x, weight, scale, M, N,
 
 
 INTERPRETED = triton is not None and not isinstance(int8_linear_kernel, triton.JITFunction)
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def launch_options(M: int, N: int, K: int, x_bytes: int, processors: int) -> dict[str, int]:

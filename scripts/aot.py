@@ -7,9 +7,11 @@ the assembly. It needs a process without TRITON_INTERPRET.
 
     python scripts/aot.py --target sm_90                      # judge.py, every variant; one JSON line a kernel
     python scripts/aot.py --module quantize                   # the int8 layer, every set of block sizes
+    python scripts/aot.py --module model                      # attention over the cache
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -152,9 +154,30 @@ def quantize_launches(target: str) -> dict[str, tuple]:
     return {launch[0]: launch[1:] for launch in launches.values()}
 
 
+def model_launches() -> dict[str, tuple]:
+    """Every distinct launch of model.py by name: dtype x head_dim x rows of a draft, a verification and a prefill."""
+    import model
+
+    model.INTERPRETED = True  # meta tensors pass as the interpreter's would
+    launches = {}
+    for name, dtype in DTYPES.items():
+        for head_dim in (64, 128):
+            for S, G in itertools.product((1, 2, 17, 26, 512), (4, 8)):
+                def run(dtype=dtype, head_dim=head_dim, S=S, G=G):
+                    q, cache = (torch.empty(1, heads, rows, head_dim, dtype=dtype, device="meta")
+                                for heads, rows in ((8 * G, S), (8, 4096)))
+                    model.attend_triton(q, cache, cache, torch.empty(S, dtype=torch.int64, device="meta"),
+                                        torch.empty(model.MAX_TILES, dtype=torch.int32, device="meta"))
+                for kernel, grid, args, options in record(model, run):
+                    options = options | {"UPCAST": False}
+                    key = (name, str(sorted((options | {"SPLITS": options["SPLITS"] > 1}).items())), S == 1)
+                    launches.setdefault(key, (f"{kernel.__name__} {name} {S} x {G} x {head_dim}", kernel, grid, args, options))
+    return {launch[0]: launch[1:] for launch in launches.values()}
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--module", choices=("judge", "quantize"), default="judge", help="default: %(default)s")
+    parser.add_argument("--module", choices=("judge", "quantize", "model"), default="judge", help="default: %(default)s")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to build for")
     parser.add_argument("--speculate_k", type=int, default=25, help="draft length K")
     parser.add_argument("--vocab_size", type=int, default=128256, help="V")
@@ -166,8 +189,8 @@ def main(args: argparse.Namespace) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, but the interpreter compiles nothing; unset it")
     for target in args.target:
-        launches = quantize_launches(target) if args.module == "quantize" else judge_launches(
-            args.speculate_k, args.vocab_size, args.hidden_size)
+        launches = quantize_launches(target) if args.module == "quantize" else model_launches() if args.module == "model" else (
+            judge_launches(args.speculate_k, args.vocab_size, args.hidden_size))
         for name, (kernel, grid, values, options) in launches.items():
             usage = build(kernel, values, options, target)
             print(json.dumps({"kernel": name, "target": target, "grid": grid, **usage}), flush=True)

@@ -1,16 +1,43 @@
-"""model.py: agreement with transformers, the cache in any chunking, and every fault of a checkpoint by its message."""
+"""model.py: agreement with transformers, the cache in any chunking, every fault of a checkpoint by its message, attention.
 
+The attention kernel runs under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported: tests/conftest.py), or on
+a GPU where there is one.
+"""
+
+import itertools
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from model import Checkpoint, Linear, ModelConfig, SafetensorsFile, Transformer
+import model
+from generate import can_compile, compiled
+from model import (
+    MAX_TILES,
+    Attention,
+    Checkpoint,
+    Linear,
+    ModelConfig,
+    SafetensorsFile,
+    Transformer,
+    attend_options,
+    attend_torch,
+    attend_triton,
+)
 
+ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.cuda.is_available() and model.triton is not None and not model.INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+kernel_test = pytest.mark.skipif(
+    not (GPU or model.INTERPRETED), reason="needs triton, and a GPU or TRITON_INTERPRET=1 before triton is imported")
 TOLERANCE = 2e-5  # ‖Δ‖/‖ref‖ against float32 transformers; a missing RoPE scaling gives 1e-1, a wrong theta 1e-1
 
 
@@ -254,3 +281,194 @@ def test_compiled_linear_is_as_good_as_torchs(dtype, rows):
 def test_the_linear_operator_describes_itself_rightly():
     arguments = torch.randn(5, 12), torch.randn(7, 12)
     torch.library.opcheck(torch.ops.gavel.onednn_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# ---- attention over the cache
+
+LENGTH = 384  # T
+
+
+def make_attention(S: int, length: int, G: int, Dh: int, dtype: torch.dtype, *, batch: int = 1, dead: str = "zero") -> tuple:
+    """(q, k, v, input_pos) as Attention has them: q a part of the stacked projections, k and v a part of larger caches.
+
+    Two key heads; a key row of outliers. Rows past the last position hold zeros, or what `dead` names.
+    """
+    generator = torch.Generator().manual_seed(S * length * G * Dh)
+    q = torch.randn(batch, S, 2 * G + 4, Dh, generator=generator).transpose(1, 2)
+    caches = torch.randn(2, batch + 1, 3, LENGTH, Dh, generator=generator)
+    caches[0, :, :, length // 2] *= 4
+    caches[:, :, :, length:] = {"zero": 0.0, "nan": float("nan"), "inf": float("inf"), "noise": 1e4}[dead]
+    k, v = caches.to(dtype).to(DEVICE)[:, :batch, 1:]
+    return q.to(dtype).to(DEVICE)[:, :2 * G], k, v, torch.arange(length - S, length, device=DEVICE)
+
+
+def make_arrivals() -> torch.Tensor:
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+
+
+def force_splits(monkeypatch, splits: int) -> None:
+    monkeypatch.setattr(model, "attend_options", lambda *args: attend_options(*args) | {"SPLITS": splits})
+
+
+def stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float64 as the kernel stores it: the interpreter cuts float32 off where bfloat16 ends, and does not round."""
+    if dtype is torch.bfloat16 and model.INTERPRETED:
+        return (value.float().view(torch.int32) & -65536).view(torch.float32)
+    return value.to(dtype)
+
+
+def assert_attention(y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, input_pos: torch.Tensor) -> None:
+    """y is within twice the largest error that torch makes in the same dtype, relative to Σ p·|v|, and then rounded once."""
+    exact, size = (attend_torch(q.double(), k.double(), values, input_pos) for values in (v.double(), v.double().abs()))
+    slack = 2 * ((attend_torch(q, k, v, input_pos) - exact).abs() / size).max().clamp(min=2**-24) * size
+    assert y.dtype == q.dtype and y.shape == q.shape
+    assert (stored(exact - slack, y.dtype) <= y).all() and (y <= stored(exact + slack, y.dtype)).all()
+
+
+@pytest.mark.parametrize("S", [1, 5])
+def test_reference_attends_to_rows_up_to_each_position(S):
+    q, k, v, input_pos = make_attention(S, 33, 4, 16, torch.float64, batch=2, dead="noise")
+    y = attend_torch(q, k, v, input_pos)
+    for b, h, s in itertools.product(range(2), range(8), range(S)):
+        rows = input_pos[s] + 1
+        p = (k[b, h // 4, :rows] @ q[b, h, s] / 4).softmax(0)
+        torch.testing.assert_close(y[b, h, s], p @ v[b, h // 4, :rows], rtol=1e-12, atol=1e-12)
+
+
+@kernel_test
+@pytest.mark.parametrize("S", [1, 2, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_attention_kernel_follows_float64(monkeypatch, dtype, S):
+    """Every pair of group, head dim, length and splits; whatever dead rows hold."""
+    for i, j in itertools.product(range(3), range(3)):
+        G, Dh = (1, 4, 8)[i], (16, 40, 128)[j]
+        length, splits, dead = max(S, (1, 33, 300)[(i + j) % 3]), (1, 2, 5)[(i + 2 * j) % 3], ("nan", "inf", "noise")[j]
+        force_splits(monkeypatch, splits)
+        arrivals = make_arrivals()
+        y = attend_triton(*make_attention(S, length, G, Dh, dtype, dead=dead), arrivals)
+        assert_attention(y, *make_attention(S, length, G, Dh, dtype))
+        assert not arrivals.any()
+
+
+@kernel_test
+@pytest.mark.parametrize(("S", "G", "batch"), [(100, 4, 1), (17, 8, 3), (1, 1, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_kernel_in_row_blocks_and_batches(dtype, S, G, batch):
+    arrivals = make_arrivals()
+    y = attend_triton(*make_attention(S, 171, G, 80, dtype, batch=batch, dead="nan"), arrivals)
+    assert_attention(y, *make_attention(S, 171, G, 80, dtype, batch=batch))
+    assert not arrivals.any()
+
+
+@kernel_test
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_attention_kernel_repeats_itself_to_the_bit(monkeypatch, splits):
+    force_splits(monkeypatch, splits)
+    arguments, arrivals = make_attention(17, 300, 4, 40, torch.float32), make_arrivals()
+    first = attend_triton(*arguments, arrivals)
+    assert torch.equal(attend_triton(*arguments, arrivals), first) and not arrivals.any()
+
+
+@kernel_test
+def test_attention_kernel_takes_any_layout():
+    q, k, v, input_pos = make_attention(2, 65, 4, 40, torch.float32)
+    y = attend_triton(q, k, v, input_pos, make_arrivals())
+    for layout in (lambda x: x.contiguous(), lambda x: x.mT.contiguous().mT, lambda x: x.repeat(1, 1, 1, 2)[..., :40]):
+        assert torch.equal(attend_triton(*map(layout, (q, k, v)), input_pos, make_arrivals()), y)
+
+
+@kernel_test
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("S", [1, 9])
+def test_attention_kernel_touches_nothing_outside(S, splits):
+    """NaN follows the queries and every dead row, marks surround what may be written; scratch is NaN before."""
+    q, k, v, input_pos = make_attention(S, 100, 4, 40, torch.float32, dead="nan")
+    queries = torch.full((S + 2, 8, 48), float("nan"), device=DEVICE)
+    queries[:S, :, :40] = q[0].transpose(0, 1)
+    options = attend_options(4 * S, 2, LENGTH, 40, 4, 132) | {"SPLITS": splits}
+    grid = 2, -(-4 * S // options["BLOCK_M"]), splits
+    size = grid[0] * grid[1] * splits * options["BLOCK_M"] * (options["BLOCK_D"] + 2)
+    out = torch.full((S + 2, 8, 40), 7.0, device=DEVICE)
+    partial = torch.full((size + 2,), float("nan"), device=DEVICE)
+    arrivals = torch.tensor([5, *[0] * (grid[0] * grid[1]), 5], dtype=torch.int32, device=DEVICE)
+    model.attend_kernel[grid](out[1:-1], partial[1:-1], arrivals[1:-1], queries, 0, 48, 8 * 48, k, *k.stride()[:3], v,
+                              *v.stride()[:3], input_pos, 2, 4, S, HEAD_DIM=40, UPCAST=model.INTERPRETED, **options)
+    assert_attention(out[1:-1].transpose(0, 1)[None], *make_attention(S, 100, 4, 40, torch.float32))
+    assert out[0].eq(7).all() and out[-1].eq(7).all() and partial[[0, -1]].isnan().all()
+    assert arrivals.tolist() == [5, *[0] * (grid[0] * grid[1]), 5] and partial[1:-1].isnan().all() == (splits == 1)
+
+
+def test_attention_splits_follow_shape_and_chip():
+    decode, verify, prefill = (attend_options(rows, 8, 4096, 128, 2, 132) for rows in (4, 68, 2048))
+    assert decode["SPLITS"] * 8 <= 132 < (decode["SPLITS"] + 1) * 8 and 1 < verify["SPLITS"] < decode["SPLITS"]
+    assert prefill["SPLITS"] == attend_options(4, 256, 4096, 128, 2, 132)["SPLITS"] == 1
+    assert attend_options(4, 1, 100, 128, 2, 132)["SPLITS"] <= 2 and attend_options(4, 2000, 10**6, 128, 2, 10**6)["SPLITS"] == 1
+
+
+def attend(*arguments: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gavel.attend(*arguments)
+
+
+@kernel_test
+@pytest.mark.skipif(can_compile(torch.device(DEVICE)) is not None, reason="no compiler")
+@torch.no_grad()
+def test_compiled_attention_operator_is_the_kernel():
+    arguments = *make_attention(5, 33, 4, 16, torch.float32), make_arrivals()
+    y = attend(*arguments)
+    assert torch.equal(compiled(attend)(*arguments), y) and y.transpose(1, 2).is_contiguous()
+    torch.library.opcheck(torch.ops.gavel.attend.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def hidden_states(model: Transformer, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+    return model(tokens, input_pos)
+
+
+@kernel_test
+@pytest.mark.parametrize("compile", [False, True])
+@torch.no_grad()
+def test_model_with_the_kernel_agrees_whatever_dead_rows_hold(tiny_checkpoint, compile):
+    if compile and can_compile(torch.device(DEVICE)) is not None:
+        pytest.skip("no compiler")
+    ours, theirs = pair(tiny_checkpoint(llama3_rope=True))
+    tokens = torch.randint(0, ours.config.vocab_size, (2, 37), generator=torch.Generator().manual_seed(0))
+    ref = theirs(tokens).logits
+    ours = ours.to(DEVICE)
+    ours.setup_caches(max_batch_size=3, max_seq_length=100)
+    for layer in ours.layers:
+        layer.self_attn.impl = "triton"
+        layer.self_attn.cache.k.fill_(float("nan"))
+        layer.self_attn.cache.v.fill_(float("nan"))
+    step = compiled(hidden_states) if compile else hidden_states
+    rows = [step(ours, tokens[:, i:j].to(DEVICE), torch.arange(i, j, device=DEVICE))
+            for i, j in itertools.pairwise((0, 17, 18, 35, 37))]
+    assert relative(ours.logits(torch.cat(rows, dim=1)).cpu(), ref) < TOLERANCE
+    assert not any(layer.self_attn.cache.arrivals.any() for layer in ours.layers)
+
+
+def test_attention_routes_never_replace_each_other(tiny_checkpoint, monkeypatch):
+    directory = tiny_checkpoint()
+    with pytest.raises(ValueError, match="got impl 'cuda', expected 'triton' or 'torch'"):
+        Attention(ModelConfig.from_checkpoint(directory), impl="cuda")
+    ours = Transformer.from_checkpoint(directory)
+    ours.setup_caches(max_batch_size=1, max_seq_length=8)
+    ours.layers[0].self_attn.impl = "triton"
+    monkeypatch.setattr(model, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"impl='triton': got (no triton package|tensors on cpu), expected triton and a GPU"):
+        ours(torch.zeros(1, 1, dtype=torch.int64), torch.arange(1))
+
+
+@pytest.mark.skipif(model.triton is None, reason="needs triton")
+def test_attention_builds_ahead_of_time_without_spills():
+    """64 KiB of shared memory is gfx942's, 99 KiB the smallest of NVIDIA's chips since sm_80."""
+    targets = {"sm_80": 101376, "sm_90": 101376, "gfx942": 65536}
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "scripts/aot.py", "--module", "model", "--target", *targets], cwd=ROOT, env=env,
+                         capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-3000:]
+    built = [json.loads(line) for line in out.stdout.splitlines()]
+    for target, shared in targets.items():
+        kernels = [entry for entry in built if entry["target"] == target]
+        assert {entry["kernel"].split()[1] for entry in kernels} == {"bf16", "fp16", "fp32"}
+        assert {entry["kernel"].split()[-1] for entry in kernels} == {"64", "128"}
+        assert len({entry["grid"][2] for entry in kernels}) > 1  # with and without splits
+        assert all(entry["spills"] == 0 < entry["registers"] and entry["shared"] <= shared for entry in kernels), kernels
