@@ -199,15 +199,19 @@ class Steps:
     """
 
     def __init__(self, length: int, allocated: int, *, compile: bool, calls: int = 10):
-        self.length, self.allocated, self.calls, self.wrap = length, allocated, calls, compiled if compile else lambda f: f
+        self.length, self.allocated, self.calls, self.compile = length, allocated, calls, compile
 
     def _timer(self, model: Transformer, function, rows: int, *extra) -> Callable[[], float]:
         if model.max_seq_length != self.allocated:
             model.setup_caches(1, self.allocated)
         tokens = torch.ones(1, rows, dtype=torch.int64, device=model.device)
         input_pos = torch.arange(self.length, self.length + rows, device=model.device)
-        run = self.wrap(function)
-        return timer(model.device, lambda _: run(model, tokens, input_pos, *extra), self.calls)
+        gpu = model.device.type == "cuda"
+        if self.compile and gpu:
+            model.compile_parts()
+        run = compiled(function) if self.compile and not gpu else function
+        used = None if gpu else model.rows[:-(-(self.length + rows) // generate.ROW_STEP) * generate.ROW_STEP]
+        return timer(model.device, lambda _: run(model, tokens, input_pos, *extra, rows=used), self.calls)
 
     def decode(self, model: Transformer) -> Callable[[], float]:
         return self._timer(model, next_token, 1)
