@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import generate
-from generate import AUTO_K, ChooseK, Engine, can_compile, check_fit, check_tokenizers
+from generate import AUTO_K, ChooseK, Engine, PhaseClock, Sampling, can_compile, check_fit, check_tokenizers
 from judge import JudgeHead, probs
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -372,6 +372,42 @@ def test_no_prompt_length_compiles_anew(monkeypatch):
         assert counters["stats"]["unique_graphs"] == compiled, length
 
 
+gpu_test = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu_test
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 20, "seed": 3}], ids=["greedy", "sampled"])
+def test_graphs_change_no_token(sampling):
+    """Recorded rounds against the same rounds launched one by one, compiled and not; and acceptance with them."""
+    draft, target = near(random_model(1), 0.1).cuda(), random_model(1).cuda()
+    head, answers = random_head(32), []
+    options = dict(speculate_k=3, stop_tokens=(), max_seq_length=128)
+    for compile, graphs in ((True, True), (True, False), (False, False)):
+        engine = Engine(target, draft, head, compile=compile, graphs=graphs, **options)
+        for rule in ("none", "exact", "judge"):
+            for _ in range(2):  # a graph's second answer reads what the first left
+                answers.append((rule, run(engine, rule=rule, **sampling), engine.stats["accepted_per_round"]))
+    assert all(answer == next(a for a in answers if a[0] == answer[0]) for answer in answers)
+
+
+@gpu_test
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9}], ids=["greedy", "sampled"])
+def test_a_round_waits_for_nothing(sampling):
+    """CUDA's sync debug mode raises where the host would wait."""
+    draft, target = near(random_model(1), 0.1).cuda(), random_model(1).cuda()
+    engine = Engine(target, draft, random_head(32), speculate_k=3, stop_tokens=(), max_seq_length=128)
+    run(engine, **sampling)
+    draws = Sampling(engine._temperature if sampling else None, None, engine._generator)
+    state, clock = (torch.tensor([5, 7], device="cuda"), torch.tensor(9, device="cuda")), PhaseClock(engine.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for K in (3, 0, 3):
+            state, outcome = engine.run_round(K, state, draws, clock)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(outcome.tolist()) == 2 * 3 + 3
+
+
 def test_k_is_chosen_by_time_and_acceptance():
     """A draft that always errs gets the shortest block, one that never errs the longest that pays."""
     seconds = {K: 1.0 + 0.1 * K for K in (1, 4, 16)}
@@ -401,7 +437,7 @@ def test_chosen_k_keeps_the_exact_rule_lossless(draft):
 
 
 def test_compiled_steps_give_the_same_tokens():
-    if generate.can_compile(torch.device("cpu")):
+    if can_compile(torch.device("cpu")):
         pytest.skip("no C++ compiler")
     target = random_model(1, num_layers=1)
     draft, head = near(target, 0.1), random_head(32)
