@@ -37,7 +37,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -45,7 +44,7 @@ from torch import Tensor
 
 import tp
 from judge import MAX_K, JudgeHead, accept, greedy, probs, sample, written_aside
-from model import DTYPES, WHOLE, ModelConfig, Transformer, Whole
+from model import DTYPES, WHOLE, ModelConfig, Transformer, Whole, compiled
 from tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
@@ -60,6 +59,7 @@ ROW_STEP = 64  # attention on a CPU reads the cache in use, rounded up to this
 # of a large one the compiler would take minutes over the copies.
 DRAFT_CHUNK_LAYERS = 8
 AUTO_K = (3, 6, 12, 18)  # what --speculate_k auto chooses from: each is compiled
+TIMED_AT = 128  # position at which rounds are timed
 DECAY = 0.98  # of what a round of --speculate_k auto remembers, per round
 RULES = ("none", "exact", "judge")
 SOURCES = ("target", "exact", "judge")  # by Decision.source; 0 never stays, so its place names who wrote the rest
@@ -110,13 +110,6 @@ def verify(model: Transformer, tokens: Tensor, input_pos: Tensor, rows: Tensor |
     return hidden[0], model.logits(hidden)[0]
 
 
-def compiled(function):
-    """torch.compile of a copy with code of its own: Dynamo looks up all that was ever compiled for one code object."""
-    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(copy, dynamic=False, fullgraph=True)
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. temperature 0 is greedy; draws come from one generator on the device, seeded per answer."""
@@ -165,11 +158,12 @@ class PhaseClock:
 class GraphRound:
     """One round as one CUDA graph: state and outcome live in static tensors that each replay reads and overwrites.
 
-    Seconds of a round and of its drafting are measured on replays, as nothing inside a graph can be timed one by one.
+    Seconds of a round and of its drafting are measured on replays, as nothing inside a graph can be timed one by one. What the
+    caches held is lost: positions from TIMED_AT on are written, as good a length as any to time.
     """
 
     def __init__(self, engine: Engine, K: int, sampling: Sampling):
-        n = engine.max_seq_length  # rows that no answer uses: what is computed here must not touch a kept cache
+        n = min(TIMED_AT, engine.max_seq_length)
         state = torch.zeros(2, dtype=torch.int64, device=engine.device), torch.tensor(n, device=engine.device)
         self.state, clock = state, PhaseClock(engine.device, on=False)
         side = torch.cuda.Stream()
@@ -251,7 +245,8 @@ class Engine:
     speculate_k "auto" chooses among AUTO_K in every round (see ChooseK). threshold defaults to the head's own. max_seq_length
     bounds prompt and answer together. stop_tokens defaults to the target config's. tokenizer is only used to put text into
     `stats`. impl is the acceptance rule's: 'torch' or 'triton', by default triton on CUDA and torch elsewhere. compile=True
-    compiles the steps when they first run (see warmup), and on CUDA records rounds as graphs, unless graphs=False.
+    compiles the steps when they first run (see warmup; call setup_compiler before), and on CUDA records rounds as graphs,
+    unless graphs=False. A CUDA device must be the current one.
     ValueError where draft, target and judge do not fit together.
     """
 
@@ -284,6 +279,9 @@ class Engine:
         self._impl = impl or ("triton" if gpu else "torch")
         self._graphs: dict[tuple, GraphRound] | None = {} if compile and gpu and graphs else None
         self._choosers: dict[str, ChooseK] = {}
+        if gpu and self.device.index not in (None, torch.cuda.current_device()):
+            raise ValueError(f"got models on {self.device} while cuda:{torch.cuda.current_device()} is current, expected them on "
+                             f"it: call torch.cuda.set_device({self.device.index}) first")
         if compile and gpu:  # one block, reused by every layer: a large model's whole pass would take minutes to compile
             for model in filter(None, (target, draft)):
                 model.compile_parts()
@@ -358,10 +356,13 @@ class Engine:
 
     def _graph(self, K: int, sampling: Sampling) -> GraphRound:
         """The recorded round for these options; recorded anew where a model's caches moved."""
-        places = tuple(model.rows.data_ptr() for model in (self.target, self.draft) if model is not None)
+        models = [model for model in (self.target, self.draft) if model is not None]
+        places = tuple(model.caches_made for model in models)
         key = (K, sampling.temperature is None, sampling.top_k, places)
         if key not in self._graphs:
             self._graphs = {old: graph for old, graph in self._graphs.items() if old[-1] == places}
+            for model in models:
+                model.cached = []
             self._graphs[key] = GraphRound(self, K, sampling)
         return self._graphs[key]
 
@@ -393,7 +394,8 @@ class Engine:
     def _prefill(self, prompt: list[int], begin: int, sampling: Sampling, *, with_draft: bool):
         """Read prompt[begin:] into the caches, which hold what is before it, and draw the first new token.
 
-        A prompt's length is a dynamic size on a CPU, and on CUDA chunks run uncompiled: neither compiles anew for it.
+        A prompt's length is a dynamic size on a CPU, and on CUDA chunks run uncompiled: torch.compile meets no new size, and
+        Triton only block sizes that it builds once.
         """
         ids = torch.tensor(prompt, device=self.device)
         input_pos = torch.arange(len(prompt), device=self.device)
@@ -437,14 +439,16 @@ class Engine:
         sampling = Sampling(self._temperature if temperature else None, top_k, self._generator)
         choose = self._chooser(rule, sampling) if self.auto and rule != "none" else None
         K = self.speculate_k if rule != "none" else 0
-        if self._graphs is not None and choose is None:
-            self._graph(K, sampling)  # recorded before the prompt is read
+        for k in (AUTO_K if choose else (K,)) if self._graphs is not None else ():
+            self._graph(k, sampling)  # recorded before the prompt is read, and before the seed is set
         self._generator.manual_seed(seed)
         models = (self.target, self.draft) if K else (self.target,)
         tokens: list[int] = []
         kept = {"exact": 0, "judge": 0, "target": 0}
         by_position, rounds, finish_reason, first_token = [0] * K, 0, "length", None
         drafted, in_graphs = 0, {"draft": 0.0, "verify": 0.0}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the last answer's round in flight is not this one's
         clock, start = PhaseClock(self.device), time.perf_counter()
         clock.mark()
         try:
@@ -454,9 +458,10 @@ class Engine:
                 model.cached = []
             state, outcome = self._prefill(prompt_ids, begin, sampling, with_draft=K > 0)
             clock.mark("prefill")
-            flights, graph = deque([(0, self._send(outcome))]), None
+            flights, graph = deque([(0, None, self._send(outcome))]), None
             while True:
-                while len(flights) <= self.ahead:
+                # Each flight brings a token or more: none is launched that the length rules out.
+                while not flights or len(flights) <= self.ahead and len(tokens) + len(flights) < max_new_tokens:
                     clock.mark()
                     if choose:
                         K = choose()
@@ -465,11 +470,10 @@ class Engine:
                         state, outcome = self.run_round(K, state, sampling, clock, end)
                     else:
                         state, outcome, graph = self._replay(K, state, sampling, graph)
-                        in_graphs["draft"] += graph.draft_seconds
-                        in_graphs["verify"] += graph.seconds - graph.draft_seconds
-                    flights.append((K, self._send(outcome)))
-                used, receive = flights.popleft()
-                block = self._block(receive(), max_new_tokens - len(tokens))
+                    flights.append((K, graph, self._send(outcome)))
+                used, by, receive = flights.popleft()
+                received = receive()
+                block = self._block(received, max_new_tokens - len(tokens))
                 self.shard.same(block.tokens)
                 tokens += block.tokens
                 if first_token is None:
@@ -477,11 +481,14 @@ class Engine:
                 else:
                     rounds += 1
                     drafted += used
+                    if by:
+                        in_graphs["draft"] += by.draft_seconds
+                        in_graphs["verify"] += by.seconds - by.draft_seconds  # the acceptance rule's too
                     for i, source in enumerate(block.sources):
                         kept[source] += 1
                         by_position[i:i + 1] = [by_position[i] + 1] if source != "target" else by_position[i:i + 1]
-                    if choose:
-                        choose.saw(used, sum(source != "target" for source in block.sources))
+                    if choose and len(block.tokens) == received[used + 1] + 1:  # not cut
+                        choose.saw(used, received[used + 1])
                 if block.tokens[-1] in self.stop_tokens:
                     finish_reason = "stop"
                 paused = time.perf_counter()
@@ -491,7 +498,8 @@ class Engine:
                     self.shard.agree(True)
                     raise
                 stopped = self.shard.agree(False)  # by rank 0's consumer
-                start += time.perf_counter() - paused  # the consumer's time is not ours
+                if not self.ahead:  # else a round goes on meanwhile
+                    start += time.perf_counter() - paused  # the consumer's time is not ours
                 if stopped or finish_reason == "stop" or len(tokens) >= max_new_tokens:
                     break
         except FloatingPointError:
@@ -516,9 +524,9 @@ class Engine:
                 "accepted_exact": kept["exact"], "accepted_judge": kept["judge"],
                 "acceptance_by_position": [count / rounds if rounds else 0.0 for count in by_position],
                 "draft_share": phases.get("draft", 0.0) / seconds, "verify_share": phases.get("verify", 0.0) / seconds,
-                "rule": rule, "speculate_k": len(by_position), "threshold": threshold, "temperature": temperature, "top_k": top_k,
-                "seed": seed, "device": device_name(self.device), "dtype": str(self.target.dtype).removeprefix("torch."),
-                "compiled": self.compiled, "world_size": self.shard.world,
+                "rule": rule, "speculate_k": len(by_position), "speculate_k_auto": choose is not None, "threshold": threshold,
+                "temperature": temperature, "top_k": top_k, "seed": seed, "device": device_name(self.device),
+                "dtype": str(self.target.dtype).removeprefix("torch."), "compiled": self.compiled, "world_size": self.shard.world,
             }
 
     def _replay(self, K: int, state: tuple[Tensor, Tensor], sampling: Sampling, last: GraphRound | None):
@@ -531,7 +539,9 @@ class Engine:
     def _chooser(self, rule: str, sampling: Sampling) -> ChooseK:
         """The chooser of a rule; before its first answer, rounds of every K are timed, on rank 0 for all ranks."""
         if rule not in self._choosers:
-            seconds, n = {}, torch.tensor(self.max_seq_length, device=self.device)  # rows that no answer uses
+            seconds, n = {}, torch.tensor(min(TIMED_AT, self.max_seq_length), device=self.device)
+            for model in (self.target, self.draft):
+                model.cached = []  # overwritten here
             for K in AUTO_K:
                 state = torch.zeros(2, dtype=torch.int64, device=self.device), n
                 if self._graphs is not None:
@@ -540,7 +550,7 @@ class Engine:
                 times = []
                 for _ in range(12):  # the first ones compile
                     begin = time.perf_counter()
-                    self.run_round(K, state, sampling, PhaseClock(self.device, on=False), 2 * ROW_STEP)[1].tolist()
+                    self.run_round(K, state, sampling, PhaseClock(self.device, on=False), 2 * TIMED_AT)[1].tolist()
                     times.append(time.perf_counter() - begin)
                 seconds[K] = sorted(times)[3]
             self._choosers[rule] = ChooseK(self.shard.from_first(seconds))
@@ -558,6 +568,7 @@ class Engine:
                     pass
         finally:
             self.stop_tokens, self.stats = stop_tokens, {}
+            self._choosers = {rule: ChooseK(chooser.seconds) for rule, chooser in self._choosers.items()}  # forget this text
         return time.perf_counter() - start
 
 
@@ -911,6 +922,13 @@ def chat(engine: Engine, args: argparse.Namespace) -> list[dict]:
         samples += [engine.stats | {"prompt": line}] if said else []
 
 
+def k_or_auto(text: str) -> int | str:
+    """--speculate_k's value."""
+    if text != "auto" and not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 1 to {MAX_K}, or auto")
+    return text if text == "auto" else int(text)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("models").add_argument
@@ -919,9 +937,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", nargs="?", const="", metavar="HEAD",
         help="keep what the judge head finds correct (default HEAD: judge.safetensors beside the target or above it)")
     add("--threshold", type=float, metavar="δ", help="score a token must exceed, 0..1 (default: the head's own; 1: lossless)")
-    add("--speculate_k", type=lambda text: text if text == "auto" else int(text), default=SPECULATE_K, metavar="K",
+    add("--speculate_k", type=k_or_auto, default=SPECULATE_K, metavar="K",
         help=f"tokens drafted a round (default: %(default)s); auto: of {', '.join(map(str, AUTO_K))} the best by measured times "
-             "and the acceptance so far")
+             "and the acceptance so far (what the judge keeps, and samples, then depend on timing too)")
     add = parser.add_argument_group("prompt").add_argument
     add("--prompt", help="one user turn in the chat format, where the tokenizer has it")
     add("--system", metavar="TEXT", help="a system turn before it")

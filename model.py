@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -400,6 +401,13 @@ torch.library.impl("gavel::onednn_linear", "CPU", onednn_linear)
 torch.library.register_fake("gavel::onednn_linear", lambda x, weight: x.new_empty(weight.shape[0], x.shape[0]).t())
 
 
+def compiled(function):
+    """torch.compile of a copy with code of its own: Dynamo looks up all that was ever compiled for one code object."""
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, dynamic=False, fullgraph=True)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dimension, the mean square in float32 (arXiv 1910.07467)."""
 
@@ -498,19 +506,21 @@ def jit(kernel):
 @jit
 def attend_kernel(out, partial, arrivals, q, stride_qb, stride_qh, stride_qs, k, stride_kb, stride_kh, stride_kt,
                   v, stride_vb, stride_vh, stride_vt, input_pos, kv_heads, group, S, HEAD_DIM: tl.constexpr,
-                  SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                  UNROLL: tl.constexpr, UPCAST: tl.constexpr):
+                  SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                  UPCAST: tl.constexpr):
     """out[s, g] = softmax(q[s, g] · kᵀ / √Dh) · v over cache rows 0..input_pos[s], with an online softmax in fp32.
 
-    Grid (B·Hkv, blocks of the G·S query rows of a key head, SPLITS). A tile of rows needs the cache up to the last position
-    among them, read from input_pos here; its blocks of BLOCK_N rows are dealt out to the splits in equal runs, and splits that
-    get none leave at once. The others write (acc, max, sum) to partial [tiles, SPLITS, BLOCK_M · (BLOCK_D + 2)] and count in
-    arrivals[tile]; the last of them to arrive merges from split 0 on and sets the count back to 0. out is [B, S, H, Dh].
+    Grid (B·Hkv, blocks of the G·S query rows of a key head, splits), SPLIT where splits > 1. A tile of rows needs the cache up
+    to the last position among them, read from input_pos here; its blocks of BLOCK_N rows are dealt out to the splits in equal
+    runs, and splits that get none leave at once. The others write (acc, max, sum) to partial [tiles, splits, BLOCK_M ·
+    (BLOCK_D + 2)] and count in arrivals[tile]; the last of them to arrive merges from split 0 on and sets the count back to 0.
+    out is [B, S, H, Dh].
 
     Query rows past G·S repeat row 0 and are not stored; columns past Dh are masked. Cache rows past a tile's last position are
-    not read; those past a query's own get weight 0. UPCAST: the interpreter multiplies bf16 as raw bits.
+    not read; between a query's own and that one, rows of this very pass, the weight is 0 (times NaN still NaN, as in torch).
+    UPCAST: the interpreter multiplies bf16 as raw bits.
     """
-    head, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, block, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     b, h = (head // kv_heads).to(tl.int64), head % kv_heads
     row, d, lane = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     stored = (row < group * S)[:, None] & (d < HEAD_DIM)[None, :]
@@ -519,7 +529,7 @@ def attend_kernel(out, partial, arrivals, q, stride_qb, stride_qh, stride_qs, k,
     pos = tl.load(input_pos + s).to(tl.int32)
     length = tl.max(pos) + 1
     blocks = tl.cdiv(length, BLOCK_N)
-    steps = tl.cdiv(blocks, SPLITS)
+    steps = tl.cdiv(blocks, splits)
     begin = split * steps * BLOCK_N
     end = tl.minimum(begin + steps * BLOCK_N, length)
 
@@ -549,12 +559,12 @@ def attend_kernel(out, partial, arrivals, q, stride_qb, stride_qh, stride_qs, k,
         v_block += BLOCK_N * stride_vt
 
     at = out + ((b * S + s) * kv_heads * group + query_head)[:, None] * HEAD_DIM + d[None, :]
-    if SPLITS == 1:
+    if not SPLIT:
         tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), stored)
     elif begin < end:
         tile, size = head * tl.num_programs(1) + block, BLOCK_M * (BLOCK_D + 2)
         m = tl.arange(0, BLOCK_M)
-        share = partial + tile.to(tl.int64) * SPLITS * size
+        share = partial + tile.to(tl.int64) * splits * size
         acc_at, top_at = m[:, None] * BLOCK_D + d[None, :], BLOCK_M * BLOCK_D + m
         tl.store(share + split * size + acc_at, acc)
         tl.store(share + split * size + top_at, top)
@@ -565,7 +575,7 @@ def attend_kernel(out, partial, arrivals, q, stride_qb, stride_qh, stride_qs, k,
             top = tl.full([BLOCK_M], -3e38, tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for i in tl.range(0, shares, loop_unroll_factor=UNROLL):  # several loads in flight
+            for i in tl.range(0, shares, loop_unroll_factor=2):  # loads in flight
                 top_i = tl.load(share + i * size + top_at, cache_modifier=".cg")
                 new = tl.maximum(top, top_i)
                 old, add = tl.exp2(top - new), tl.exp2(top_i - new)
@@ -588,17 +598,18 @@ def attend_options(rows: int, heads: int, T: int, head_dim: int, itemsize: int, 
     """Block sizes and splits for `rows` = G·S query rows on each of `heads` = B·Hkv key heads: of shapes and the chip alone.
 
     Tensor cores want 16 rows, and 64 once there are as many; float32 multiplies without them, in registers, hence its small
-    tiles. Warps and UNROLL are such that no register spills at Dh 64 and 128 (scripts/aot.py; 128 rows spill with 8 warps).
+    tiles. No register spills at Dh 64 and 128 (scripts/aot.py; 128 rows would, with 8 warps).
     Splits give each multiprocessor one program, as 8 key heads at batch 1 would leave most idle; but one program reads
     T / SPLITS rows of k and v, and the last one SPLITS · BLOCK_M rows in float32 as well, a sum that is smallest at the root
     below. A model, not yet measured on a device.
     """
     half, block_d = itemsize < 4, max(16, 1 << (head_dim - 1).bit_length())
-    block_m, block_n = 16 if rows <= 16 or not half else 32 if rows <= 32 else 64, 64 if half else 32
+    block_m = 16 if rows <= 16 or not half else 32 if rows <= 32 else 64
+    block_n = 64 if half else 32 if block_d <= 64 else 16
     tiles = heads * -(-rows // block_m)
     splits = min(processors // tiles, -(-T // block_n), round(math.sqrt(T * itemsize / (2 * block_m))))
     return {"SPLITS": max(1, splits) if tiles <= MAX_TILES else 1, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
-            "UNROLL": 4 if half else 2, "num_warps": 8 if block_m * block_d >= (8192 if half else 2048) else 4, "num_stages": 2}
+            "num_warps": 8 if block_m * block_d >= (8192 if half else 2048) else 4, "num_stages": 2}
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, arrivals: Tensor) -> Tensor:
@@ -616,21 +627,18 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, arrivals: 
     rows = H // kv_heads * S
     options = attend_options(rows, B * kv_heads, T, Dh, q.element_size(), multiprocessors(q.device))
     grid = B * kv_heads, -(-rows // options["BLOCK_M"]), options["SPLITS"]
-    size = math.prod(grid) * options["BLOCK_M"] * (options["BLOCK_D"] + 2) if options["SPLITS"] > 1 else 1
+    split = options.pop("SPLITS") > 1
+    size = math.prod(grid) * options["BLOCK_M"] * (options["BLOCK_D"] + 2) if split else 1
     partial = torch.empty(size, dtype=torch.float32, device=q.device)
     attend_kernel[grid](out, partial, arrivals, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], input_pos, kv_heads,
-                        H // kv_heads, S, HEAD_DIM=Dh, UPCAST=INTERPRETED, **options)
+                        H // kv_heads, S, HEAD_DIM=Dh, SPLIT=split, UPCAST=INTERPRETED, **options)
     return out.transpose(1, 2)
-
-
-def attend_fake(q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, arrivals: Tensor) -> Tensor:
-    B, H, S, Dh = q.shape
-    return q.new_empty(B, S, H, Dh).transpose(1, 2)
 
 
 torch.library.define("gavel::attend", "(Tensor q, Tensor k, Tensor v, Tensor input_pos, Tensor arrivals) -> Tensor")
 torch.library.impl("gavel::attend", ("CPU", "CUDA"), attend_triton)
-torch.library.register_fake("gavel::attend", attend_fake)
+torch.library.register_fake(
+    "gavel::attend", lambda q, k, v, input_pos, arrivals: q.new_empty(q.transpose(1, 2).shape).transpose(1, 2))
 
 
 class Attention(nn.Module):
@@ -714,7 +722,7 @@ class Transformer(nn.Module):
         self.shard: Whole = WHOLE
         self.run_block, self.run_head = Block.forward, head  # compile_parts replaces them
         self.register_buffer("first_token", torch.zeros((), dtype=torch.int64), persistent=False)  # of this rank's vocabulary
-        self.max_seq_length = 0
+        self.max_seq_length = self.caches_made = 0
         self.cached: list[int] = []  # tokens whose rows in the caches are right; kept by who runs the model
 
     @classmethod
@@ -778,12 +786,12 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("rows", torch.arange(max_seq_length, device=device), persistent=False)
-        self.max_seq_length, self.cached = max_seq_length, []
+        self.max_seq_length, self.cached, self.caches_made = max_seq_length, [], self.caches_made + 1
 
     def compile_parts(self) -> None:
         """Compile one block, which all layers share as they differ in data alone, and the way to the logits."""
         if self.run_block is Block.forward:
-            self.run_block, self.run_head = (torch.compile(f, dynamic=False, fullgraph=True) for f in (Block.forward, head))
+            self.run_block, self.run_head = map(compiled, (Block.forward, head))
 
     @contextlib.contextmanager
     def uncompiled_parts(self) -> Iterator[None]:

@@ -106,7 +106,7 @@ def measure_layers(shapes: dict, rows: list[int], names: list[str], device: torc
     for model, name, (N, K), M in tqdm(jobs, desc="layers", unit=" sizes"):
         entry = {"model": model, "matrix": name, "out": N, "in": K, "rows": M}
         for way, seconds in take_turns(layer_ways((N, K), M, device, dtype, names), repeats).items():
-            low, median, high = statistics.quantiles(seconds, n=4)
+            low, median, high = quartiles(seconds)
             weight_bytes = N * K * (dtype.itemsize if way == "bf16" else 1)
             moved = (weight_bytes + dtype.itemsize * M * (N + K)) / median
             entry[way] = {"us": 1e6 * median, "us_quartiles": [1e6 * low, 1e6 * high], "gb_per_s": moved / 1e9,
@@ -137,7 +137,7 @@ def measure_passes(device: torch.device, dtype: torch.dtype, rows: tuple[int, ..
     for M in rows:
         entry = {"rows": M}
         for name in models:
-            low, median, high = statistics.quantiles(times[f"{name} {M}"], n=4)
+            low, median, high = quartiles(times[f"{name} {M}"])
             entry[name] = {"ms": 1e3 * median, "ms_quartiles": [1e3 * low, 1e3 * high]}
         ratios = [a / b for a, b in zip(times[f"int8 {M}"], times[f"stored {M}"])]
         entry["ratio"] = statistics.median(ratios)

@@ -27,7 +27,7 @@ from scripts import demo_pair
 from scripts.bench_tools import finish, machine, quartiles, start
 
 WAYS = ("draft", "target", "exact", "judge", "hf_generate", "hf_assisted")
-TUNE_K = {"exact": (2, 3, 5), "judge": (12, 16, 20, 24), "hf_assisted": (2, 3, 5, 8)}  # the ways that draft
+TUNE_K = {"exact": (3, 5, 8), "judge": (12, 16, 20, 24), "hf_assisted": (2, 3, 5, 8)}  # the ways that draft
 MAX_NEW_TOKENS = demo_pair.MAX_NEW_TOKENS
 MARGIN = 1e-4  # top logits closer than this may swap places in float32 for rounding alone
 

@@ -210,7 +210,11 @@ class Steps:
         if self.compile and gpu:
             model.compile_parts()
         run = compiled(function) if self.compile and not gpu else function
-        used = None if gpu else model.rows[:-(-(self.length + rows) // generate.ROW_STEP) * generate.ROW_STEP]
+        used = None
+        if not gpu:
+            used = model.rows[:min(-(-(self.length + rows) // generate.ROW_STEP) * generate.ROW_STEP, self.allocated - 1)]
+            if self.compile:
+                torch._dynamo.mark_dynamic(used, 0, min=2, max=self.allocated - 1)
         return timer(model.device, lambda _: run(model, tokens, input_pos, *extra, rows=used), self.calls)
 
     def decode(self, model: Transformer) -> Callable[[], float]:

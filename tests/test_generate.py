@@ -351,6 +351,14 @@ def test_a_round_in_flight_changes_nothing(rule, sampling):
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_a_round_in_flight_stays_inside_the_caches():
+    """An answer that fills the length, every draft token kept: the flight beyond its end writes the last rows there are."""
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.0), speculate_k=6, stop_tokens=(), max_seq_length=64)
+    engine.ahead = 1
+    assert run(engine, n=60) == greedy(target, PROMPT, 60)  # a row outside would be an IndexError on a CPU
+
+
 @pytest.mark.skipif(can_compile(torch.device("cpu")) is not None, reason="no C++ compiler")
 def test_no_prompt_length_compiles_anew(monkeypatch):
     """After the warm-up, 20 prompts of other lengths, some in several chunks and from an empty to a full cache."""
