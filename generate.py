@@ -265,6 +265,7 @@ class Engine:
         self.max_seq_length = min(max_seq_length, target.config.max_position_embeddings)
         rows = self.max_seq_length + 2 * (self.speculate_k + 1) + 1  # a last block, and one in flight, must not write outside
         for model in filter(None, (target, draft)):
+            model.pack()
             if model.max_seq_length < rows:
                 model.setup_caches(max_batch_size=1, max_seq_length=rows)
         self.stop_tokens = target.config.eos_token_ids if stop_tokens is None else stop_tokens

@@ -49,6 +49,7 @@ from model import (
     Transformer,
     checkpoint_names,
     jit,
+    keep_packed,
     linear,
     multiprocessors,
     read_json,
@@ -280,7 +281,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         if impl not in (None, "triton", "cpu", "torch"):
             raise ValueError(f"got impl {impl!r}, expected 'triton', 'cpu' or 'torch'")
-        self.impl = impl
+        self.impl, self.packed = impl, False
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.int8), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(out_features, dtype=scale_dtype), requires_grad=False)
         self.register_buffer("arrivals", torch.zeros(-(-out_features // BLOCK_N) * 2, dtype=torch.int32), persistent=False)
@@ -293,11 +294,16 @@ class Int8Linear(nn.Module):
         layer.weight.data, layer.scale.data = w8, scale[:, 0]
         return layer.to(linear.weight.device)
 
+    def pack(self, dtype: torch.dtype) -> None:
+        self.packed = keep_packed(self.weight, dtype)  # int8 to bfloat16 is exact
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         impl = self.impl or ("triton" if x.is_cuda else "cpu")
         if impl == "triton":
             y = torch.ops.gavel.int8_linear(rows, self.weight, self.scale, self.arrivals)
+        elif impl == "cpu" and self.packed and rows.shape[0] > FEW_ROWS:
+            y = (torch.ops.gavel.packed_linear(rows, self.weight) * self.scale).to(x.dtype)
         else:
             y = (int8_linear_cpu if impl == "cpu" else int8_linear_torch)(rows, self.weight, self.scale)
         return y.view(*x.shape[:-1], -1)

@@ -127,6 +127,7 @@ def measure_passes(device: torch.device, dtype: torch.dtype, rows: tuple[int, ..
     for M in rows:
         for name, model in models.items():
             model.setup_caches(1, 384)
+            model.pack()
             steps[name, M] = compiled(verify)
     timers = {}
     for (name, M), step in tqdm(steps.items(), desc="compile passes", unit=" passes"):
@@ -196,10 +197,10 @@ def load(path: str | None, name: str | None, bundled: Path, device: torch.device
 
 @torch.no_grad()
 def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int, repeats: int,
-                  compile: bool) -> tuple[dict, list[dict]]:
+                  compile: bool, pack: bool) -> tuple[dict, list[dict]]:
     """Bandwidth by model, and an entry a step: draft step (if there is one), target step, verify of K+1 rows, all in turns."""
     device = models["target"].device
-    steps = Steps(length, -(-(length + max(*ks, 16) + 1) // 128) * 128, compile=compile)
+    steps = Steps(length, -(-(length + max(*ks, 16) + 1) // 128) * 128, compile=compile, pack=pack)
     if device.type == "cuda":
         reads = dict.fromkeys(models, bandwidth_timer(device, 0))  # one copy will do
     else:
@@ -212,6 +213,9 @@ def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int,
             timers[name] = steps.verify(models[model], count)
         else:
             timers[name] = steps.draft(models[model]) if model == "draft" else steps.decode(models[model])
+        if model == "target":
+            timers[f"linears {name}"] = steps.linears(models[model], count)
+            timers[f"attention {name}"] = steps.attention(models[model], count)
     times = take_turns(timers, repeats)
     speeds = {name: moved / statistics.median(times[f"read {name}"]) for name, (_, moved) in reads.items()}
     entries = []
@@ -222,6 +226,8 @@ def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int,
         entry["share"] = entry["ceiling_ms"] / entry["ms"]
         if model == "target":
             entry["to_target_step"] = statistics.median(a / b for a, b in zip(times[name], times["target step"]))
+            for part in ("linears", "attention"):
+                entry |= spread(times[f"{part} {name}"], "ms", prefix=f"{part}_")
         entries.append(entry)
     measured = {}
     for name, (_, moved) in reads.items():
@@ -233,8 +239,9 @@ def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int,
 def run_limit(args: argparse.Namespace) -> None:
     """Measured bandwidth, bytes of a step (weights read once, and the cache rows in use), the time that takes at least (the
     ceiling), the time the compiled step takes, and the share reached; verify of K+1 rows beside one step of the target. All
-    take turns in one run. Bandwidth is a device copy of 2 GB, read plus written; on a CPU all threads read a buffer of the
-    size of the model's weights, so that both lie in the same cache or beyond it.
+    take turns in one run, and with them the linear layers and the attention of the target's steps alone. Bandwidth is a device
+    copy of 2 GB, read plus written; on a CPU all threads read a buffer of the size of the model's weights, so that both lie in
+    the same cache or beyond it.
     """
     device = start(args)
     if min(args.speculate_k) < 1 or args.length < 1:
@@ -244,20 +251,21 @@ def run_limit(args: argparse.Namespace) -> None:
     if args.draft_checkpoint_path or args.draft or not (args.checkpoint_path or args.model):
         models["draft"], names["draft"] = load(args.draft_checkpoint_path, args.draft, DEMO / "draft", device, args.dtype)
     speeds, entries = measure_limit(models, args.speculate_k, length=args.length,
-                                    repeats=args.repeats, compile=args.compile)
+                                    repeats=args.repeats, compile=args.compile, pack=args.pack)
     about = machine(device)
     moved = "copied" if device.type == "cuda" else "read, in a buffer of the size of its weights"
     dtype = str(target.dtype).removeprefix("torch.")
     print(f"{about['device']}, {about['threads']} threads, {dtype}, {args.length} positions in use")
     for name, label in names.items():
         print(f"{name}: {label}, {speeds[name]['gb_per_s']:.1f} GB/s {moved}")
-    print(f"\n{'step':<16}{'MB':>9}{'ceiling ms':>12}{'ms':>9}{'quartiles':>18}{'share':>7}{'to target step':>16}")
+    print(f"\n{'step':<16}{'MB':>9}{'ceiling ms':>12}{'ms':>9}{'quartiles':>18}{'share':>7}{'to target step':>16}"
+          f"{'linears ms':>12}{'attention ms':>14}")
     for e in entries:
         low, high = e["ms_quartiles"]
         print(f"{e['step']:<16}{(e['weight_bytes'] + e['cache_bytes']) / 1e6:9.1f}{e['ceiling_ms']:12.3f}{e['ms']:9.3f}"
               f"{f'{low:.3f} to {high:.3f}':>18}{e['share']:7.0%}"
-              + (f"{e['to_target_step']:16.2f}" if "to_target_step" in e else ""))
-    finish({"machine": about, "dtype": dtype, "compiled": args.compile, **names,
+              + (f"{e['to_target_step']:16.2f}{e['linears_ms']:12.3f}{e['attention_ms']:14.3f}" if "linears_ms" in e else ""))
+    finish({"machine": about, "dtype": dtype, "compiled": args.compile, "packed": args.pack and device.type == "cpu", **names,
             "length": args.length, "bandwidth": speeds, "steps": entries}, args.json)
 
 
@@ -439,6 +447,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--draft", metavar="NAME", help="draft with random weights in these shapes")
     add("--speculate_k", type=int, nargs="+", default=(1, 3, 7, 15, 16, 25, 31), metavar="K", help="default: %(default)s")
     add("--length", type=int, default=256, metavar="N", help="positions in use (default: %(default)s)")
+    add("--pack", action=argparse.BooleanOptionalAction, default=True,
+        help="off: without the packed copies of a CPU's weights, to see what they save (default: on)")
 
     add = command("kernel", run_kernel, "the fused acceptance kernel beside its torch reference", repeats=20)
     add("--shape", type=int, nargs=3, action="append", metavar=("K", "V", "D"), help="may be repeated (default: "

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 from generate import Engine, can_compile, compiled, next_token, pick_device, setup_compiler, verify  # noqa: E402
 from judge import written_aside  # noqa: E402
-from model import Linear, ModelConfig, RopeScaling, Transformer  # noqa: E402
+from model import Linear, ModelConfig, RopeScaling, Transformer, grouped_attention  # noqa: E402
 from quantize import Int8Linear  # noqa: E402
 from scripts.demo_pair import MODELS  # noqa: E402
 
@@ -198,12 +199,14 @@ class Steps:
     decode(model), draft(model), verify(model, rows) return a timer of seconds a step with `length` positions in use.
     """
 
-    def __init__(self, length: int, allocated: int, *, compile: bool, calls: int = 10):
-        self.length, self.allocated, self.calls, self.compile = length, allocated, calls, compile
+    def __init__(self, length: int, allocated: int, *, compile: bool, pack: bool = True, calls: int = 10):
+        self.length, self.allocated, self.calls, self.compile, self.pack = length, allocated, calls, compile, pack
 
     def _timer(self, model: Transformer, function, rows: int, *extra) -> Callable[[], float]:
         if model.max_seq_length != self.allocated:
             model.setup_caches(1, self.allocated)
+        if self.pack:
+            model.pack()
         tokens = torch.ones(1, rows, dtype=torch.int64, device=model.device)
         input_pos = torch.arange(self.length, self.length + rows, device=model.device)
         gpu = model.device.type == "cuda"
@@ -228,6 +231,29 @@ class Steps:
 
     def verify(self, model: Transformer, rows: int) -> Callable[[], float]:
         return self._timer(model, verify, rows)
+
+    def linears(self, model: Transformer, rows: int) -> Callable[[], float]:
+        """The linear layers of a step of `rows` rows alone, without what comes between them."""
+        width = max(model.config.hidden_size, model.config.intermediate_size, model.config.num_heads * model.config.head_dim)
+        return self._timer(model, only_linears, rows, torch.randn(1, rows, width, dtype=model.dtype, device=model.device))
+
+    def attention(self, model: Transformer, rows: int) -> Callable[[], float]:
+        """Attention over the caches alone."""
+        return self._timer(model, only_attention, rows)
+
+
+def only_linears(model: Transformer, tokens: Tensor, input_pos: Tensor, x: Tensor, rows: Tensor | None = None) -> list[Tensor]:
+    layers = [layer for layer in model.modules() if hasattr(layer, "pack") and layer is not model]
+    return [layer(x[:, :, :layer.weight.shape[1]]) for layer in layers]
+
+
+def only_attention(model: Transformer, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> list[Tensor]:
+    layers, S, T = [block.self_attn for block in model.layers], tokens.shape[1], len(model.rows if rows is None else rows)
+    q = model.cos.new_ones(1, layers[0].heads, S, layers[0].head_dim)
+    if q.is_cuda:
+        return [torch.ops.gavel.attend(q, a.cache.k, a.cache.v, input_pos, a.cache.arrivals) for a in layers]
+    mask = rows <= input_pos[:, None]
+    return [grouped_attention(q, a.cache.k[:, :, :T], a.cache.v[:, :, :T], mask) for a in layers]
 
 
 def machine(device: torch.device) -> dict:
