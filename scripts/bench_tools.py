@@ -266,7 +266,7 @@ def machine(device: torch.device) -> dict:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
         name += f", {os.cpu_count()} cores"
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
             "commit": commit or "no git repository", "threads": torch.get_num_threads()}
 
