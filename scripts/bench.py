@@ -429,11 +429,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", metavar="FILE", help='JSONL, {"prompt": text, "answer": what a right answer contains (optional)} a '
         "line; the first --tune_prompts choose K, the next --num_prompts are measured (default: bundled problems)")
     add("--num_prompts", type=int, default=20, metavar="N", help="prompts to measure (default: %(default)s)")
-    add("--tune_prompts", type=int, default=4, metavar="N", help="others to choose K on (default: %(default)s)")
+    add("--tune_prompts", type=int, default=12, metavar="N", help="others to choose K on (default: %(default)s)")
     add("--max_new_tokens", type=int, default=bench_pair.MAX_NEW_TOKENS, metavar="N", help="default: %(default)s")
     add("--raw", action="store_true", help="no chat format: plain text after the begin-of-text token")
     add("--seed", type=int, default=1, help="stream of bundled problems to measure (default: %(default)s)")
-    add("--ways", nargs="+", choices=bench_pair.WAYS, default=bench_pair.WAYS, help="rows to measure (default: all)")
+    add("--ways", nargs="+", choices=(*bench_pair.WAYS, *bench_pair.AUTO_WAYS), default=bench_pair.WAYS,
+        help="rows to measure (default: all but those with --speculate_k auto)")
     add("--no_hf", dest="hf", action="store_false", help="leave transformers out")
     defaults = "; ".join(f"{way}: {' '.join(map(str, ks))}" for way, ks in bench_pair.TUNE_K.items())
     add("--tune_k", type=int, nargs="+", metavar="K", help=f"the K to choose among (default: {defaults})")

@@ -27,6 +27,7 @@ from scripts import demo_pair
 from scripts.bench_tools import finish, machine, quartiles, start
 
 WAYS = ("draft", "target", "exact", "judge", "hf_generate", "hf_assisted")
+AUTO_WAYS = ("exact_auto", "judge_auto")  # with --speculate_k auto, beside the same rule at its own best K
 TUNE_K = {"exact": (3, 5, 8), "judge": (12, 16, 20, 24), "hf_assisted": (2, 3, 5, 8)}  # the ways that draft
 MAX_NEW_TOKENS = demo_pair.MAX_NEW_TOKENS
 MARGIN = 1e-4  # top logits closer than this may swap places in float32 for rounding alone
@@ -146,7 +147,7 @@ class Contest:
         self.stop_tokens = self.target.config.eos_token_ids
         self.hf = HuggingFace(setup, self.stop_tokens) if hf else None
 
-    def engine(self, alone: bool, speculate_k: int) -> Engine:
+    def engine(self, alone: bool, speculate_k: int | str) -> Engine:
         """The draft alone, or the pair: made when first asked for, one for each K."""
         if (alone, speculate_k) not in self.engines:
             options = self.options | {"speculate_k": speculate_k}
@@ -157,19 +158,20 @@ class Contest:
             self.engines[alone, speculate_k] = engine
         return self.engines[alone, speculate_k]
 
-    def pick(self, way: str, speculate_k: int | None) -> tuple[Engine, str]:
+    def pick(self, way: str, speculate_k: int | str | None) -> tuple[Engine, str]:
         """Engine and rule of one of gavel's ways; those that do not draft take an engine that is there."""
         alone = way == "draft"
-        return self.engine(alone, speculate_k or self.max_k), {"draft": "none", "target": "none"}.get(way, way)
+        rule = {"draft": "none", "target": "none"}.get(way, way.removesuffix("_auto"))
+        return self.engine(alone, speculate_k or self.max_k), rule
 
-    def warm_up(self, way: str, speculate_k: int | None, prompt: Prompt) -> None:
+    def warm_up(self, way: str, speculate_k: int | str | None, prompt: Prompt) -> None:
         """Compile what the way needs, and answer once."""
         if not way.startswith("hf_"):
             engine, rule = self.pick(way, speculate_k)
             engine.warmup(rules=(rule,))
         self.answer(way, speculate_k, prompt)
 
-    def answer(self, way: str, speculate_k: int | None, prompt: Prompt) -> dict:
+    def answer(self, way: str, speculate_k: int | str | None, prompt: Prompt) -> dict:
         """Answer greedily; what the rows need of it."""
         if way.startswith("hf_"):
             answer = self.hf.answer(prompt.ids, self.max_new_tokens, speculate_k)
@@ -188,7 +190,7 @@ class Contest:
         return answer | {"new_tokens": len(answer["tokens"]), "right": right}
 
 
-def interleave(contest: Contest, ways: list[tuple[str, int | None]], prompts: list[Prompt],
+def interleave(contest: Contest, ways: list[tuple[str, int | str | None]], prompts: list[Prompt],
                desc: str) -> dict[tuple, list[dict]]:
     """Every way answers every prompt; they take turns prompt by prompt, each time another one first."""
     for way in tqdm(ways, desc=f"{desc}: warm up", unit=" ways"):
@@ -249,11 +251,11 @@ def print_rows(rows: dict[str, dict]) -> None:
     def cell(value: float | None, form: str, width: int) -> str:
         return f"{'-' if value is None else format(value, form):>{width}}"
 
-    print(f"\n{'':<13}{'K':>3}{'tokens/s':>10}{'quartiles':>18}{'ms/token':>10}{'first ms':>10}{'tokens/round':>14}"
+    print(f"\n{'':<13}{'K':>4}{'tokens/s':>10}{'quartiles':>18}{'ms/token':>10}{'first ms':>10}{'tokens/round':>14}"
           f"{'accepted':>10}{'right':>7}{'as target':>11}{'x target':>10}{'x hf':>7}")
     for way, row in rows.items():
         low, high = row["tokens_per_second_quartiles"]
-        print(f"{way:<13}{cell(row['speculate_k'], 'd', 3)}{row['tokens_per_second']:10.1f}{f'{low:.1f} to {high:.1f}':>18}"
+        print(f"{way:<13}{cell(row['speculate_k'], '', 4)}{row['tokens_per_second']:10.1f}{f'{low:.1f} to {high:.1f}':>18}"
               f"{row['milliseconds_per_token']:10.2f}{1e3 * row['seconds_to_first_token']:10.1f}{row['tokens_per_round']:14.2f}"
               f"{row['accepted_per_round']:10.2f}{cell(row['accuracy'], '.0%', 7)}{row['agrees_with_target']:11.0%}"
               f"{row['ratio_to_target']:10.2f}{cell(row['ratio_to_hf_generate'], '.2f', 7)}")
@@ -266,7 +268,7 @@ def prepare(args: argparse.Namespace, ways: list[str], max_k: int) -> Setup:
     options = generate.parse_args([])
     options.checkpoint_path = args.checkpoint_path or str(DEMO / "target")
     options.draft_checkpoint_path = args.draft_checkpoint_path or str(DEMO / "draft")
-    options.judge = (args.judge or "") if "judge" in ways else None
+    options.judge = (args.judge or "") if {"judge", "judge_auto"} & set(ways) else None
     options.threshold = args.threshold
     options.speculate_k, options.max_new_tokens, options.compile = max_k, args.max_new_tokens, args.compile
     options.device, options.dtype, options.json = args.device, args.dtype, args.json
@@ -296,7 +298,8 @@ def run_pair(args: argparse.Namespace) -> None:
     ks = [k for way in candidates for k in candidates[way]] or [generate.SPECULATE_K]
     if min(ks) < 1:
         raise ValueError(f"got a K of {min(ks)}, expected 1 or more")
-    max_k = max([k for way in candidates if way != "hf_assisted" for k in candidates[way]], default=generate.SPECULATE_K)
+    ks = [k for way in candidates if way != "hf_assisted" for k in candidates[way]]
+    max_k = max([*ks, *(generate.AUTO_K if set(ways) & set(AUTO_WAYS) else ())], default=generate.SPECULATE_K)
     device = start(args)
     setup = prepare(args, ways, max_k)
     tuned = args.tune_prompts if any(len(ks) > 1 for ks in candidates.values()) else 0
@@ -309,6 +312,7 @@ def run_pair(args: argparse.Namespace) -> None:
                       hf=any(way.startswith("hf_") for way in ways),
                       max_seq_length=min(setup.context, -(-(longest + max_new_tokens) // 128) * 128))
     chosen, tuning = choose_k(contest, candidates, validation)
+    chosen |= {way: "auto" for way in ways if way in AUTO_WAYS}
     answers = interleave(contest, [(way, chosen.get(way)) for way in ways], prompts, "measure")
     rows = summarise({way: runs for (way, _), runs in answers.items()}, chosen)
     about = machine(device)

@@ -69,6 +69,12 @@ def test_pair(pair, run, tmp_path):
     assert [line.split()[0] for line in lines[-len(rows):]] == list(rows)
 
 
+def test_pair_with_k_chosen_in_every_round(pair, run):
+    report, _ = run(*pair_options(pair), "--num_prompts", 2, "--ways", "target", "judge", "judge_auto", "--speculate_k", 3)
+    assert list(report["rows"]) == ["target", "judge", "judge_auto"]
+    assert report["rows"]["judge_auto"]["speculate_k"] == "auto" and report["rows"]["judge_auto"]["tokens_per_round"] >= 1
+
+
 def test_assisted_generation_drafts_k_tokens_a_round(pair):
     """With itself as its assistant transformers accepts all K, at any K, in every round."""
     args = bench.parse_args([str(option) for option in pair_options(pair)])
