@@ -52,6 +52,7 @@ READ_CHUNK_BYTES = 64 << 20  # host memory that reading a tensor of any size may
 MAX_PACKED_BYTES = 4 << 30  # of a model's weights on a CPU that are kept a second time, for speed (see keep_packed)
 PACKED_FOR = 16  # rows; oneDNN picks the same order for 1 to 128
 FEW_ROWS = 2  # up to here a multiply-and-sum is the faster linear layer on a CPU (see linear)
+MAX_LOOP_ROWS = 4096  # of a cache that attention may read in loops: Inductor sums more terms in another way, a graph of its own
 MAX_TILES = 1024  # of attention that may be split, each with its arrival counter; no chip has so many multiprocessors
 # One parameter of ours is read from several tensors of the checkpoint, stacked along the output dimension.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -516,17 +517,17 @@ class Whole:
 WHOLE = Whole()
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, loops: bool = True) -> Tensor:
     """q [B, H, S, Dh], k and v [B, Hkv, T, Dh], mask [S, T] (True: attend) -> [B, H, S, Dh].
 
     The G query heads that share a key head are folded into the row dimension of the query ([B, Hkv, G·S, Dh]), so that keys
-    and values are read once and never repeated. For few rows on a CPU, loops that Inductor fuses take the place of a call:
-    of the bundled pair a draft step takes 0.13 ms with it and 0.11 without, a target step 1.62 and 1.55.
+    and values are read once and never repeated. For few rows on a CPU, `loops` that Inductor fuses take the place of a call:
+    of the bundled pair a draft step takes 0.13 ms with the call and 0.11 without, a target step 1.62 and 1.55.
     """
     B, H, S, Dh = q.shape
     group = H // k.shape[1]
     q, mask = q.reshape(B, k.shape[1], group * S, Dh), mask.repeat(group, 1)
-    if S <= FEW_ROWS and q.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if loops and S <= FEW_ROWS and q.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_grad_enabled():
         scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * Dh**-0.5  # [B, Hkv, G·S, T]
         p = scores.masked_fill(~mask, -math.inf).softmax(-1)
         y = (p[..., None] * v[:, :, None].float()).sum(-2).to(v.dtype)
@@ -718,7 +719,7 @@ class Attention(nn.Module):
             y = torch.ops.gavel.attend(q, k, v, input_pos, self.cache.arrivals)
         else:
             used = mask.shape[1]
-            y = grouped_attention(q, k[:, :, :used], v[:, :, :used], mask)
+            y = grouped_attention(q, k[:, :, :used], v[:, :, :used], mask, loops=k.shape[2] <= MAX_LOOP_ROWS)
         y = y.transpose(1, 2).reshape(B, S, -1)
         return self.shard.all_reduce(self.o_proj(y))
 

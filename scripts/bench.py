@@ -195,12 +195,17 @@ def load(path: str | None, name: str | None, bundled: Path, device: torch.device
     return model, path or f"bundled {where.name}"
 
 
+def twin_of(model: Transformer) -> Transformer:
+    """The same weights, caches of its own."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
 @torch.no_grad()
 def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int, repeats: int,
-                  compile: bool, pack: bool) -> tuple[dict, list[dict]]:
+                  compile: bool, unpacked: bool = False) -> tuple[dict, list[dict]]:
     """Bandwidth by model, and an entry a step: draft step (if there is one), target step, verify of K+1 rows, all in turns."""
     device = models["target"].device
-    steps = Steps(length, -(-(length + max(*ks, 16) + 1) // 128) * 128, compile=compile, pack=pack)
+    steps = Steps(length, -(-(length + max(*ks, 16) + 1) // 128) * 128, compile=compile)
     if device.type == "cuda":
         reads = dict.fromkeys(models, bandwidth_timer(device, 0))  # one copy will do
     else:
@@ -208,12 +213,18 @@ def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int,
     timers = {f"read {name}": measure for name, (measure, _) in reads.items()}
     rows = {"draft step": ("draft", 1)} if "draft" in models else {}
     rows |= {"target step": ("target", 1)} | {f"verify {k + 1} rows": ("target", k + 1) for k in ks}
+    twin = twin_of(models["target"])
+    for model in models.values():
+        model.pack()
+    if unpacked:
+        models = models | {"unpacked": twin}
+        rows |= {f"{k + 1} rows, unpacked": ("unpacked", k + 1) for k in ks}
     for name, (model, count) in tqdm(rows.items(), desc="compile", unit=" steps"):
-        if name.startswith("verify"):
+        if "rows" in name:
             timers[name] = steps.verify(models[model], count)
         else:
             timers[name] = steps.draft(models[model]) if model == "draft" else steps.decode(models[model])
-        if model == "target":
+        if model != "draft":
             timers[f"linears {name}"] = steps.linears(models[model], count)
             timers[f"attention {name}"] = steps.attention(models[model], count)
     times = take_turns(timers, repeats)
@@ -222,9 +233,9 @@ def measure_limit(models: dict[str, Transformer], ks: list[int], *, length: int,
     for name, (model, count) in rows.items():
         moved = weight_bytes(models[model]), cache_bytes(models[model], length + count)
         entry = {"step": name, "rows": count, "weight_bytes": moved[0], "cache_bytes": moved[1],
-                 "ceiling_ms": 1e3 * sum(moved) / speeds[model], **spread(times[name], "ms")}
+                 "ceiling_ms": 1e3 * sum(moved) / speeds["draft" if model == "draft" else "target"], **spread(times[name], "ms")}
         entry["share"] = entry["ceiling_ms"] / entry["ms"]
-        if model == "target":
+        if model != "draft":
             entry["to_target_step"] = statistics.median(a / b for a, b in zip(times[name], times["target step"]))
             for part in ("linears", "attention"):
                 entry |= spread(times[f"{part} {name}"], "ms", prefix=f"{part}_")
@@ -251,21 +262,21 @@ def run_limit(args: argparse.Namespace) -> None:
     if args.draft_checkpoint_path or args.draft or not (args.checkpoint_path or args.model):
         models["draft"], names["draft"] = load(args.draft_checkpoint_path, args.draft, DEMO / "draft", device, args.dtype)
     speeds, entries = measure_limit(models, args.speculate_k, length=args.length,
-                                    repeats=args.repeats, compile=args.compile, pack=args.pack)
+                                    repeats=args.repeats, compile=args.compile, unpacked=args.unpacked)
     about = machine(device)
     moved = "copied" if device.type == "cuda" else "read, in a buffer of the size of its weights"
     dtype = str(target.dtype).removeprefix("torch.")
     print(f"{about['device']}, {about['threads']} threads, {dtype}, {args.length} positions in use")
     for name, label in names.items():
         print(f"{name}: {label}, {speeds[name]['gb_per_s']:.1f} GB/s {moved}")
-    print(f"\n{'step':<16}{'MB':>9}{'ceiling ms':>12}{'ms':>9}{'quartiles':>18}{'share':>7}{'to target step':>16}"
+    print(f"\n{'step':<18}{'MB':>9}{'ceiling ms':>12}{'ms':>9}{'quartiles':>18}{'share':>7}{'to target step':>16}"
           f"{'linears ms':>12}{'attention ms':>14}")
     for e in entries:
         low, high = e["ms_quartiles"]
-        print(f"{e['step']:<16}{(e['weight_bytes'] + e['cache_bytes']) / 1e6:9.1f}{e['ceiling_ms']:12.3f}{e['ms']:9.3f}"
+        print(f"{e['step']:<18}{(e['weight_bytes'] + e['cache_bytes']) / 1e6:9.1f}{e['ceiling_ms']:12.3f}{e['ms']:9.3f}"
               f"{f'{low:.3f} to {high:.3f}':>18}{e['share']:7.0%}"
               + (f"{e['to_target_step']:16.2f}{e['linears_ms']:12.3f}{e['attention_ms']:14.3f}" if "linears_ms" in e else ""))
-    finish({"machine": about, "dtype": dtype, "compiled": args.compile, "packed": args.pack and device.type == "cpu", **names,
+    finish({"machine": about, "dtype": dtype, "compiled": args.compile, **names,
             "length": args.length, "bandwidth": speeds, "steps": entries}, args.json)
 
 
@@ -373,8 +384,7 @@ def run_long(args: argparse.Namespace) -> None:
                "allocated": [(fixed, max(rows, fixed + args.new_tokens)) for rows in sorted(args.allocated)]}
     engines, timers = {}, {}
     for rows in tqdm(sorted({rows for pairs in lengths.values() for _, rows in pairs}), desc="compile", unit=" lengths"):
-        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # the same weights, caches of its own
-        engines[rows] = Engine(twin, stop_tokens=(), max_seq_length=rows, compile=args.compile)
+        engines[rows] = Engine(twin_of(model), stop_tokens=(), max_seq_length=rows, compile=args.compile)
         engines[rows].warmup()
     for pairs in lengths.values():
         for pair in pairs:
@@ -448,8 +458,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--draft", metavar="NAME", help="draft with random weights in these shapes")
     add("--speculate_k", type=int, nargs="+", default=(1, 3, 7, 15, 16, 25, 31), metavar="K", help="default: %(default)s")
     add("--length", type=int, default=256, metavar="N", help="positions in use (default: %(default)s)")
-    add("--pack", action=argparse.BooleanOptionalAction, default=True,
-        help="off: without the packed copies of a CPU's weights, to see what they save (default: on)")
+    add("--unpacked", action="store_true", help="time verification without the packed copies of a CPU's weights too, in turns")
 
     add = command("kernel", run_kernel, "the fused acceptance kernel beside its torch reference", repeats=20)
     add("--shape", type=int, nargs=3, action="append", metavar=("K", "V", "D"), help="may be repeated (default: "

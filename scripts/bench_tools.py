@@ -199,14 +199,12 @@ class Steps:
     decode(model), draft(model), verify(model, rows) return a timer of seconds a step with `length` positions in use.
     """
 
-    def __init__(self, length: int, allocated: int, *, compile: bool, pack: bool = True, calls: int = 10):
-        self.length, self.allocated, self.calls, self.compile, self.pack = length, allocated, calls, compile, pack
+    def __init__(self, length: int, allocated: int, *, compile: bool, calls: int = 10):
+        self.length, self.allocated, self.calls, self.compile = length, allocated, calls, compile
 
     def _timer(self, model: Transformer, function, rows: int, *extra) -> Callable[[], float]:
         if model.max_seq_length != self.allocated:
             model.setup_caches(1, self.allocated)
-        if self.pack:
-            model.pack()
         tokens = torch.ones(1, rows, dtype=torch.int64, device=model.device)
         input_pos = torch.arange(self.length, self.length + rows, device=model.device)
         gpu = model.device.type == "cuda"
@@ -234,17 +232,22 @@ class Steps:
 
     def linears(self, model: Transformer, rows: int) -> Callable[[], float]:
         """The linear layers of a step of `rows` rows alone, without what comes between them."""
-        width = max(model.config.hidden_size, model.config.intermediate_size, model.config.num_heads * model.config.head_dim)
-        return self._timer(model, only_linears, rows, torch.randn(1, rows, width, dtype=model.dtype, device=model.device))
+        inputs = {layer.weight.shape[1]: torch.randn(1, rows, layer.weight.shape[1], dtype=model.dtype, device=model.device)
+                  for layer in linear_layers(model)}
+        return self._timer(model, only_linears, rows, inputs)
 
     def attention(self, model: Transformer, rows: int) -> Callable[[], float]:
         """Attention over the caches alone."""
         return self._timer(model, only_attention, rows)
 
 
-def only_linears(model: Transformer, tokens: Tensor, input_pos: Tensor, x: Tensor, rows: Tensor | None = None) -> list[Tensor]:
-    layers = [layer for layer in model.modules() if hasattr(layer, "pack") and layer is not model]
-    return [layer(x[:, :, :layer.weight.shape[1]]) for layer in layers]
+def linear_layers(model: Transformer) -> list[torch.nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, (Linear, Int8Linear))]
+
+
+def only_linears(model: Transformer, tokens: Tensor, input_pos: Tensor, inputs: dict[int, Tensor],
+                 rows: Tensor | None = None) -> list[Tensor]:
+    return [layer(inputs[layer.weight.shape[1]]) for layer in linear_layers(model)]
 
 
 def only_attention(model: Transformer, tokens: Tensor, input_pos: Tensor, rows: Tensor | None = None) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """generate.py: lossless rules token for token and in distribution, the judge's rule, the cache, stop tokens, the command line."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -378,6 +379,17 @@ def test_no_prompt_length_compiles_anew(monkeypatch):
             else:
                 run(engine, prompt, 9, rule=rule)
         assert counters["stats"]["unique_graphs"] == compiled, length
+
+
+@pytest.mark.skipif(can_compile(torch.device("cpu")) is not None, reason="no C++ compiler")
+def test_caches_beyond_what_loops_attend_to_compile():
+    target = random_model(1)
+    target.config = dataclasses.replace(target.config, max_position_embeddings=6000)
+    options = dict(speculate_k=3, stop_tokens=(), max_seq_length=5000)
+    engine = Engine(target, near(target, 0.1), compile=True, **options)
+    plain = Engine(target, engine.draft, **options)
+    prompt = torch.randint(0, 40, (4200,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert run(engine, prompt, 9) == run(plain, prompt, 9)
 
 
 gpu_test = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
