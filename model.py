@@ -35,6 +35,7 @@ from types import FunctionType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -51,7 +52,9 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 READ_CHUNK_BYTES = 64 << 20  # host memory that reading a tensor of any size may take
 MAX_PACKED_BYTES = 4 << 30  # of a model's weights on a CPU that are kept a second time, for speed (see keep_packed)
 PACKED_FOR = 16  # rows; oneDNN picks the same order for 1 to 128
-FEW_ROWS = 2  # up to here a multiply-and-sum is the faster linear layer on a CPU (see linear)
+# Up to here a multiply-and-sum is the faster linear layer on a CPU: a pass of the bundled target in float32 over 2 rows takes
+# 2.8 ms so, 3.6 packed, 5.2 as stored; over 4 rows 5.2, 3.2 and 5.4. In bfloat16: 2.8, 2.8, 3.1; 4.3, 2.7 and 3.3.
+FEW_ROWS = 2
 MAX_LOOP_ROWS = 4096  # of a cache that attention may read in loops: Inductor sums more terms in another way, a graph of its own
 MAX_TILES = 1024  # of attention that may be split, each with its arrival counter; no chip has so many multiprocessors
 # One parameter of ours is read from several tensors of the checkpoint, stacked along the output dimension.
@@ -386,40 +389,51 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.packed = False
 
-    def pack(self, dtype: torch.dtype) -> None:
-        self.packed = keep_packed(self.weight, dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if self.packed and not torch.is_grad_enabled() and (rows > FEW_ROWS or not torch.compiler.is_compiling()):
-            return torch.ops.gavel.packed_linear(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], -1)
+        if (self.packed and x.device.type == "cpu" and not torch.is_grad_enabled()
+                and (rows > FEW_ROWS or not torch.compiler.is_compiling())):
+            return torch.ops.gavel.packed_linear(x.reshape(rows, x.shape[-1]), self.weight).view(*x.shape[:-1], self.weight.shape[0])
         return linear(x, self.weight)
 
 
-def keep_packed(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Keep a copy of a weight [out, in] on a CPU, in `dtype` and in oneDNN's order for many rows; True: it is there.
+PACKED = WeakTensorKeyDictionary()  # weight -> (its data, its version, the copy)
 
-    Without it each product of several rows reorders the weight first. Of the bundled target in bfloat16 a pass over 17 rows
-    takes 4.6 ms without, 3.8 ms with it, in float32 7.6 and 4.8 (python scripts/bench.py limit, with and without --no-pack).
+
+def keep_packed(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Keep a copy of a weight [out, in] on a CPU, in `dtype` and in oneDNN's order for many rows; False where oneDNN cannot.
+
+    Without it each product of several rows reorders the weight first.
     """
-    weight.packed = state_of(weight), torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), PACKED_FOR)
+    if weight.is_inference() or not can_pack(dtype):
+        return False
+    if packed_copy(weight, dtype) is None:
+        data = weight.detach()  # kept, so that no other weight comes to lie at its address
+        PACKED[weight] = data, weight._version, torch.ops.mkldnn._reorder_linear_weight(data.to(dtype), PACKED_FOR)
     return True
 
 
-def state_of(weight: Tensor) -> tuple[int, int]:
-    """Differs once the weight was replaced or written to."""
-    return weight.data_ptr(), weight._version
+def can_pack(dtype: torch.dtype) -> bool:
+    return torch.backends.mkldnn.is_available() and (
+        dtype is torch.float32 or dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        or dtype is torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def packed_copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The copy, unless the weight was replaced or written to since (what was written through `.data` goes unseen)."""
+    data, version, packed = PACKED.get(weight, (None, None, None))
+    fits = data is not None and data.data_ptr() == weight.data_ptr() and version == weight._version and packed.dtype is dtype
+    return packed if fits else None
 
 
 def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [R, in], weight [out, in] -> x · weightᵀ [R, out] by the packed copy; by the weight itself if written to since."""
-    state, packed = getattr(weight, "packed", (None, None))
-    if state != state_of(weight):
+    """x [R, in], weight [out, in] -> x · weightᵀ [R, out] by the packed copy; by the weight itself where that does not fit."""
+    packed = packed_copy(weight, x.dtype)
+    if packed is None or not len(x):
         return F.linear(x, weight.to(x.dtype))
-    return mkldnn_linear(x.contiguous(), packed, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), packed, None, "none", [], "")
 
 
-mkldnn_linear = torch.ops.mkldnn._linear_pointwise.default
 torch.library.define("gavel::packed_linear", "(Tensor x, Tensor weight) -> Tensor")
 torch.library.impl("gavel::packed_linear", "CPU", packed_linear)
 torch.library.register_fake("gavel::packed_linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
@@ -521,13 +535,15 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, loops: b
     """q [B, H, S, Dh], k and v [B, Hkv, T, Dh], mask [S, T] (True: attend) -> [B, H, S, Dh].
 
     The G query heads that share a key head are folded into the row dimension of the query ([B, Hkv, G·S, Dh]), so that keys
-    and values are read once and never repeated. For few rows on a CPU, `loops` that Inductor fuses take the place of a call:
-    of the bundled pair a draft step takes 0.13 ms with the call and 0.11 without, a target step 1.62 and 1.55.
+    and values are read once and never repeated. For few such rows on a CPU, `loops` that Inductor fuses take the place of a
+    call: of the bundled pair a draft step takes 0.13 ms with the call and 0.11 without, a target step 1.62 and 1.55. (With
+    32 query heads on 8, Dh 128 and 4,096 positions, loops take 3.5 ms a layer and the call 2.8.)
     """
     B, H, S, Dh = q.shape
     group = H // k.shape[1]
     q, mask = q.reshape(B, k.shape[1], group * S, Dh), mask.repeat(group, 1)
-    if loops and S <= FEW_ROWS and q.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if (loops and group * S <= 4 and q.device.type == "cpu" and q.dtype is not torch.float64
+            and torch.compiler.is_compiling() and not torch.is_grad_enabled()):
         scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * Dh**-0.5  # [B, Hkv, G·S, T]
         p = scores.masked_fill(~mask, -math.inf).softmax(-1)
         y = (p[..., None] * v[:, :, None].float()).sum(-2).to(v.dtype)
@@ -850,12 +866,10 @@ class Transformer(nn.Module):
 
     def pack(self) -> None:
         """Keep packed copies of a CPU model's linear layers (see keep_packed), if all of them take MAX_PACKED_BYTES at most."""
-        layers = [layer for layer in self.modules() if hasattr(layer, "pack") and layer is not self]
-        if (self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-                and sum(layer.weight.numel() for layer in layers) * self.dtype.itemsize <= MAX_PACKED_BYTES):
-            for layer in layers:
-                if not layer.packed:
-                    layer.pack(self.dtype)
+        layers = [layer for layer in self.modules() if hasattr(layer, "packed")]
+        fits = sum(layer.weight.numel() for layer in layers) * self.dtype.itemsize <= MAX_PACKED_BYTES
+        for layer in layers:
+            layer.packed = self.device.type == "cpu" and fits and keep_packed(layer.weight, self.dtype)
 
     def clear_caches(self) -> None:
         """Forget everything, NaN and infinity in dead rows too."""

@@ -49,7 +49,6 @@ from model import (
     Transformer,
     checkpoint_names,
     jit,
-    keep_packed,
     linear,
     multiprocessors,
     read_json,
@@ -80,7 +79,7 @@ STAGE_BYTES = 48 << 10 if torch.version.hip else 96 << 10
 #             17 rows: 82, 3.9 alone but 20 within the compiled model (where it takes a minute to compile), 5.9 (5.7)
 # Inductor's int8 GEMM template, with and without freezing, was never faster than _weight_int8pack_mm. A layer of 4096 x 4096
 # (64 rows, bfloat16) takes 22 ms dequantised as a whole, 10 in parts of 2^19 weights, 9 of 2^20 or 2^21 (bf16 weights: 7).
-PACK_MM_ROWS = 12  # bfloat16: rows up to which _weight_int8pack_mm is the fastest
+PACK_MM_ROWS = 12  # bfloat16: rows up to which _weight_int8pack_mm is the fastest, also of a weight with a packed copy
 DEQUANTISE_WEIGHTS = 1 << 20  # at a time: 2 MB in bfloat16, which the product finds in the cache
 
 def check_layout(raw: dict, where: str) -> None:
@@ -248,7 +247,7 @@ def int8_linear_torch(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def int8_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The fastest route on a CPU by x's rows and dtype, as measured above; a converted weight lives for one product only."""
+    """The fastest route on a CPU by x's rows and dtype, as measured above, for weights without a packed copy in x's dtype."""
     if x.dtype is scale.dtype is torch.bfloat16 and x.shape[0] <= PACK_MM_ROWS:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
     if weight.numel() > DEQUANTISE_WEIGHTS and x.shape[0] > FEW_ROWS:
@@ -294,15 +293,12 @@ class Int8Linear(nn.Module):
         layer.weight.data, layer.scale.data = w8, scale[:, 0]
         return layer.to(linear.weight.device)
 
-    def pack(self, dtype: torch.dtype) -> None:
-        self.packed = keep_packed(self.weight, dtype)  # int8 to bfloat16 is exact
-
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         impl = self.impl or ("triton" if x.is_cuda else "cpu")
         if impl == "triton":
             y = torch.ops.gavel.int8_linear(rows, self.weight, self.scale, self.arrivals)
-        elif impl == "cpu" and self.packed and rows.shape[0] > FEW_ROWS:
+        elif impl == "cpu" and self.packed and rows.shape[0] > (PACK_MM_ROWS if x.dtype is torch.bfloat16 else FEW_ROWS):
             y = (torch.ops.gavel.packed_linear(rows, self.weight) * self.scale).to(x.dtype)
         else:
             y = (int8_linear_cpu if impl == "cpu" else int8_linear_torch)(rows, self.weight, self.scale)

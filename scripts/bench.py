@@ -115,7 +115,7 @@ def measure_layers(shapes: dict, rows: list[int], names: list[str], device: torc
     return entries
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_passes(device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], *, repeats: int) -> list[dict]:
     """Whole compiled passes of the bundled target (hidden states and logits), stored weights and int8 taking turns."""
     setup_compiler(device)
