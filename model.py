@@ -393,7 +393,8 @@ class Linear(nn.Linear):
         rows = x.numel() // x.shape[-1]
         if (self.packed and x.device.type == "cpu" and not torch.is_grad_enabled()
                 and (rows > FEW_ROWS or not torch.compiler.is_compiling())):
-            return torch.ops.gavel.packed_linear(x.reshape(rows, x.shape[-1]), self.weight).view(*x.shape[:-1], self.weight.shape[0])
+            y = torch.ops.gavel.packed_linear(x.reshape(rows, x.shape[-1]), self.weight)
+            return y.view(*x.shape[:-1], y.shape[1])
         return linear(x, self.weight)
 
 
