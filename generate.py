@@ -858,7 +858,7 @@ def load_engine(setup: Setup, args: argparse.Namespace, max_seq_length: int, sha
         rules = ("none", "judge") if compares(args) else (engine.rule,)
         parts = (["one target step"] if "none" in rules else []) + (
             [] if draft is None else ["draft step", f"verification of {engine.speculate_k + 1} tokens", "acceptance rule"])
-        say(f"compiling: {', '.join(parts)} (about a minute the first time, seconds once cached) ...", end=" ")
+        say(f"compiling: {', '.join(parts)} (a minute or two the first time, seconds once cached) ...", end=" ")
         say(f"done in {engine.warmup(temperature=args.temperature, top_k=args.top_k, rules=rules):.1f} s")
     return engine
 
