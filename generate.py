@@ -487,7 +487,8 @@ class Engine:
                         in_graphs["verify"] += by.seconds - by.draft_seconds  # the acceptance rule's too
                     for i, source in enumerate(block.sources):
                         kept[source] += 1
-                        by_position[i:i + 1] = [by_position[i] + 1] if source != "target" else by_position[i:i + 1]
+                        if source != "target":
+                            by_position[i] += 1
                     if choose and len(block.tokens) == received[used + 1] + 1:  # not cut
                         choose.saw(used, received[used + 1])
                 if block.tokens[-1] in self.stop_tokens:

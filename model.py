@@ -52,9 +52,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 READ_CHUNK_BYTES = 64 << 20  # host memory that reading a tensor of any size may take
 MAX_PACKED_BYTES = 4 << 30  # of a model's weights on a CPU that are kept a second time, for speed (see keep_packed)
 PACKED_FOR = 16  # rows; oneDNN picks the same order for 1 to 128
-# Up to here a multiply-and-sum is the faster linear layer on a CPU: a pass of the bundled target in float32 over 2 rows takes
-# 2.8 ms so, 3.6 packed, 5.2 as stored; over 4 rows 5.2, 3.2 and 5.4. In bfloat16: 2.8, 2.8, 3.1; 4.3, 2.7 and 3.3.
-FEW_ROWS = 2
+FEW_ROWS = 2  # up to here a multiply-and-sum is the fastest linear layer on a CPU; for 4 rows a packed copy is
 MAX_LOOP_ROWS = 4096  # of a cache that attention may read in loops: Inductor sums more terms in another way, a graph of its own
 MAX_TILES = 1024  # of attention that may be split, each with its arrival counter; no chip has so many multiprocessors
 # One parameter of ours is read from several tensors of the checkpoint, stacked along the output dimension.
@@ -367,9 +365,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] · weightᵀ [..., out] for weight [out, in] in x's dtype, by torch's fastest route for it as stored.
 
-    On a CPU, for one pass over the 37 MB of the bundled target's layers in float32 (2 threads of an AMD EPYC): a row
-    costs 3.6 ms in F.linear and 1.5 ms as a multiply-and-sum that Inductor fuses, which is the memory limit; 17 rows cost
-    7.5 ms in F.linear (MKL) and 4.6 to 5.0 ms in oneDNN, 16 rows 6.9 and 3.2 to 3.4 ms.
+    On a CPU a row or two are fastest as a multiply-and-sum that Inductor fuses, more of them in float32 by oneDNN, not MKL.
     """
     rows = x.numel() // x.shape[-1]
     if x.device.type != "cpu" or torch.is_grad_enabled():
@@ -537,8 +533,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, loops: b
 
     The G query heads that share a key head are folded into the row dimension of the query ([B, Hkv, G·S, Dh]), so that keys
     and values are read once and never repeated. For few such rows on a CPU, `loops` that Inductor fuses take the place of a
-    call: of the bundled pair a draft step takes 0.13 ms with the call and 0.11 without, a target step 1.62 and 1.55. (With
-    32 query heads on 8, Dh 128 and 4,096 positions, loops take 3.5 ms a layer and the call 2.8.)
+    call, which costs a small model more than the work itself.
     """
     B, H, S, Dh = q.shape
     group = H // k.shape[1]

@@ -106,11 +106,9 @@ def measure_layers(shapes: dict, rows: list[int], names: list[str], device: torc
     for model, name, (N, K), M in tqdm(jobs, desc="layers", unit=" sizes"):
         entry = {"model": model, "matrix": name, "out": N, "in": K, "rows": M}
         for way, seconds in take_turns(layer_ways((N, K), M, device, dtype, names), repeats).items():
-            low, median, high = quartiles(seconds)
             weight_bytes = N * K * (dtype.itemsize if way == "bf16" else 1)
-            moved = (weight_bytes + dtype.itemsize * M * (N + K)) / median
-            entry[way] = {"us": 1e6 * median, "us_quartiles": [1e6 * low, 1e6 * high], "gb_per_s": moved / 1e9,
-                          "share": moved / peak}
+            moved = (weight_bytes + dtype.itemsize * M * (N + K)) / statistics.median(seconds)
+            entry[way] = spread(seconds, "us") | {"gb_per_s": moved / 1e9, "share": moved / peak}
         entries.append(entry)
     return entries
 
@@ -138,8 +136,7 @@ def measure_passes(device: torch.device, dtype: torch.dtype, rows: tuple[int, ..
     for M in rows:
         entry = {"rows": M}
         for name in models:
-            low, median, high = quartiles(times[f"{name} {M}"])
-            entry[name] = {"ms": 1e3 * median, "ms_quartiles": [1e3 * low, 1e3 * high]}
+            entry[name] = spread(times[f"{name} {M}"], "ms")
         ratios = [a / b for a, b in zip(times[f"int8 {M}"], times[f"stored {M}"])]
         entry["ratio"] = statistics.median(ratios)
         entries.append(entry)
