@@ -1,49 +1,44 @@
-"""Judge head and acceptance: which draft tokens stay, and which token the target adds, in one fused kernel.
+"""Judge head and acceptance: which draft tokens stay, and which token the target adds.
 
-The target has read K draft tokens in one pass and left K+1 rows of pre-norm hidden state and of logits. d_i stays if standard
-speculative sampling keeps it, or if the linear judge says that the target, having read it, finds it *correct* (Bachmann et al.,
-arXiv 2501.19309; sampling after Leviathan et al., arXiv 2211.17192):
+The target has read K draft tokens in one pass, which left K+1 rows of pre-norm hidden state and of
+logits; row r is the state after d_r (row 0: the last committed token). d_i stays if standard
+speculative sampling keeps it (Leviathan et al., arXiv 2211.17192), or if a lossy *rule* does. The
+judge keeps what the target, having read it, finds *correct* (Bachmann et al., arXiv 2501.19309):
 
     exact_i = argmax(logits[i-1]) == d_i; sampled: u_i * q_i(d_i) < p_{i-1}(d_i)
-    judge_i = sigmoid(w . hidden[i] + b) > threshold, and d_i is no stop token
+    lossy_i = score_i > threshold, d_i no stop token; judge: score_i = sigmoid(w . hidden[i] + b)
     a       = number of tokens before the first i with neither
-    next    = argmax(logits[a]); sampled: argmax(max(0, p_a - q_{a+1}) / e), e ~ Exp(1), with q = 0 if a = K
+    next    = argmax(logits[a]); sampled: argmax(max(0, p_a - q_{a+1}) / e), e ~ Exp(1), q_{K+1} = 0
 
-p is softmax over (top-k kept logits / temperature); ties with the k-th largest logit are kept. threshold = 1 is exactly the
-standard rule: a sigmoid may round to 1 but is never above. A residual of zeros (p = q up to rounding) falls back to p_a.
-`impl="torch"` is the reference: it defines correctness, runs in float64 too and is what the CPU path compiles. `impl="triton"`
-is the same in two launches, three when sampling, without the host:
+p is softmax over (top-k kept logits / temperature). A residual of zeros (p = q up to rounding)
+falls back to p_a. A sigmoid never exceeds 1, so the judge with threshold 1 is the exact rule. A new
+rule is a class with a `score` and a row in RULES (docs/hacking.md).
 
-    row_stats        per row and vocabulary shard: max, argmax, judge score; sampled: sum exp, logit of d, k-th
-    decide           merges the shards: a, source, score, status, and the greedy next token
-    residual_sample  the sampled next token, from logits row a alone
+`accept_torch` is the reference: it runs every rule, in float64 too, and is what a CPU compiles.
+`accept_triton` runs `exact` and `judge` without the host, in two launches (`row_stats`, `decide`),
+or three when sampling (`residual_sample`). The two agree except where rounding decides: a score
+within 2^-22 + 2^-20 * (|b| + sum|w_j h_j|) of the threshold, u q within 2^-18 * p * (1 + (max -
+logit) / temperature) of p, or a draw's runner-up as close. Exact greedy decisions always agree.
 
-Tensor parallelism: each rank calls `row_stats` on its shard (`vocab_offset`; the head on one rank, None on the others, so that
-scores are summed once), the statistics are gathered along their last dimension, every rank runs `decide`, and `residual_sample`
-gives each rank's best (score, index) to exchange. Top-k needs whole rows.
+Shapes: K draft length, D model dim, V vocabulary, S vocabulary shards. No caches, no batches here.
 
-The two agree but where rounding decides: a score within 2^-22 + 2^-20 * (|b| + sum|w_j h_j|) of the threshold, u q within 2^-18
-* p * (1 + (max - logit) / temperature) of p, or a draw's runner-up as close. Exact greedy decisions always agree.
-
-Shapes: K draft length, D model dim, V vocabulary, S vocabulary shards. Row r of hidden and logits is the state after the target
-has read d_r (row 0: the last committed token). Not done here: caches, batches.
-
-    accept(hidden, logits, draft_tokens, head=head, threshold=threshold, stop_tokens=stop, impl="triton")
+    accept(hidden, logits, drafted, rule=Judge(head), threshold=threshold, stop_tokens=stop)
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from checkpoint import atomic_write
 
 try:
     import triton
@@ -56,14 +51,12 @@ FEATURE = "last_hidden_pre_norm"
 RETRAIN = "train one with train_head.py"
 MAX_K = 64
 
-# 4096 logits a program on 16 warps: 26 rows x 32 splits are six for each of 132 SMs, and without a loop a logit is read once
-# and stays in registers (8 a thread) for max, argmax and sum. On 4 or 8 warps ptxas spilled (float32, sm_90); with 2048 the
-# merge of 63 splits did.
+# On 16 warps: each logit is read once and stays in registers (8 a thread), and 26 rows x 32 splits
+# are six programs a multiprocessor (132). ptxas spilled on 8 warps (fp32, sm_90); so did 2048.
 BLOCK_V = 4096
 BLOCK_D = 512  # 16384 / 32 splits: one step of the judge's dot product a program
-# Lanes of the top-k scan: up to this k the candidate list is hardly longer than k; beyond, it is the whole row. 8192 spilled.
-BLOCK_TOPK = 4096
-# Leading bits in which values of a dtype differ once widened to float32: steps of the search for the k-th.
+BLOCK_TOPK = 4096  # lanes of the top-k scan: beyond this k, candidates are the row. 8192 spilled.
+# Leading bits in which values of a dtype differ as float32: steps of the search for the k-th.
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 
 
@@ -71,88 +64,205 @@ class Decision(NamedTuple):
     """One round's outcome, on the device, in fixed shapes."""
 
     accept_len: Tensor  # int64 []: a, draft tokens kept, 0..K
-    next_token: Tensor  # int64 []: the target's own token after them (some valid id when status is not 0)
-    source: Tensor  # int8 [K], whatever the cut: 0 rejected, 1 exact, 2 judge only
-    score: Tensor  # float32 [K]: sigmoid(w . hidden[1:] + b), zeros without a head
-    status: Tensor  # int32 []: 1 if a row of logits 0..a, on which a and next rest, has NaN, +inf or only -inf
+    next_token: Tensor  # int64 []: the target's own token after them (some valid id if status)
+    source: Tensor  # int8 [K], whatever the cut: 0 rejected, 1 exact, 2 the lossy rule only
+    score: Tensor  # float32 [K]: the rule's, zeros without one
+    status: Tensor  # int32 []: 1 if a logits row that it used (0..a) has NaN, +inf, or only -inf
 
 
-@contextmanager
-def written_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """A place beside `path` to write a file to, renamed afterwards: a killed run leaves the old file or the new one."""
-    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+class Verified(NamedTuple):
+    """What the target left after [last, d_1..d_K], and what the draft knew. Row r: after d_r."""
+
+    hidden: Tensor  # [K+1, D] before the final norm
+    logits: Tensor  # float32 [K+1, V] before temperature (this rank's columns, unless needs_probs)
+    drafted: Tensor  # int64 [K]
+    probs: Tensor | None  # float32 [K+1, V]: p after temperature and top_k; greedy: softmax
+    draft_probs: Tensor | None  # float32 [K, V]: q likewise; None when nobody needs it
+    uniforms: Tensor | None  # float32 [K], when sampling
 
 
 class JudgeHead(nn.Module):
     """Linear D -> 1 on the target's last hidden state, before its final norm.
 
-    weight float32 [1, D], bias float32 [1]; metadata: strings, of which `threshold` in [0, 1] is required; `target` and `data`
-    say what the head was trained for and on. ValueError says what is wrong with any of them.
+    weight float32 [1, D], bias float32 [1]; metadata: strings, of which `threshold` in [0, 1] is
+    required; `target` and `data` say what it was trained for and on. ValueError for any misfit.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, metadata: dict[str, str]):
         super().__init__()
         self.hidden_size = D = weight.shape[-1] if weight.dim() else 0
-        self.metadata = {"format": FORMAT, "feature": FEATURE, "hidden_size": str(D), "threshold": ""} | metadata
-        got = {"weight": _describe(weight), "bias": _describe(bias)} | {f"metadata {k}": v for k, v in self.metadata.items()}
-        for what, expected in (("weight", f"torch.float32 [1, {max(D, 1)}], finite"), ("bias", "torch.float32 [1], finite"),
-                               ("metadata format", FORMAT), ("metadata feature", FEATURE), ("metadata hidden_size", str(D))):
-            if got[what] != expected:
-                raise _error(f"judge head's {what}", repr(got[what]), repr(expected), RETRAIN)
+        own = {"format": FORMAT, "feature": FEATURE, "hidden_size": str(D), "threshold": ""}
+        self.metadata = own | metadata
+        for what, got, expected in (
+                ("weight", _describe(weight), f"torch.float32 [1, {max(D, 1)}], finite"),
+                ("bias", _describe(bias), "torch.float32 [1], finite"),
+                *((f"metadata {key}", self.metadata[key], own[key]) for key in list(own)[:3])):
+            if got != expected:
+                raise _error(f"judge head's {what}", repr(got), repr(expected), RETRAIN)
         try:
             self.threshold = float(self.metadata["threshold"])
         except ValueError:
             self.threshold = math.nan
         if not 0 <= self.threshold <= 1:
-            raise _error("judge head's metadata threshold", repr(self.metadata["threshold"]), "a number from 0 to 1", RETRAIN)
+            raise _error("judge head's metadata threshold", repr(self.metadata["threshold"]),
+                         "a number from 0 to 1", RETRAIN)
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", bias.detach().contiguous())
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> JudgeHead:
-        """Read a safetensors file; FileNotFoundError or ValueError name the path, the fault and the cure."""
+        """Read a safetensors file; FileNotFoundError or ValueError name path, fault and cure."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"judge head {path}: got no file, expected one; {RETRAIN} or pass its path")
+            raise FileNotFoundError(f"judge head {path}: got no file, expected one; {RETRAIN} or "
+                                    "pass its path")
+        required = {"format": "", "feature": "", "hidden_size": ""}  # else it would fill them in
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, sorted(file.keys())
                 if names != ["bias", "weight"]:
                     raise _error("judge head", f"tensors {names}", "bias and weight", RETRAIN)
                 tensors = {name: file.get_tensor(name) for name in names}
-            required = {"format": "", "feature": "", "hidden_size": ""}  # the constructor would fill them in
             return cls(**tensors, metadata=required | metadata).to(device)
         except SafetensorError as error:
-            raise _error(f"judge head {path}", f"a broken or foreign file ({error})", "one whole safetensors file",
+            raise _error(f"judge head {path}", f"a broken or foreign file ({error})",
+                         "one whole safetensors file",
                          f"copy it again or {RETRAIN} (pickles are never opened)") from None
         except ValueError as error:
             raise ValueError(f"{error} (in {path})") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        with written_aside(path) as aside:
-            aside.write_bytes(safetensors_bytes({"weight": self.weight, "bias": self.bias}, metadata=self.metadata))
+        with atomic_write(path) as aside:
+            save_file({"weight": self.weight, "bias": self.bias}, aside, self.metadata)
 
     def check(self, hidden_size: int) -> None:
         """ValueError unless the head was trained on hidden states of this size."""
         if hidden_size != self.hidden_size:
             target = self.metadata.get("target", "unknown")
-            raise _error("judge head", f"hidden size {self.hidden_size} (trained for target {target})",
-                         f"this target's {hidden_size}", f"pass this target's head or {RETRAIN}")
+            got = f"hidden size {self.hidden_size} (trained for target {target})"
+            raise _error("judge head", got, f"this target's {hidden_size}",
+                         f"pass this target's head or {RETRAIN}")
 
     def score(self, hidden: Tensor) -> Tensor:
-        """sigmoid(w . h + b): hidden [..., D] -> [...], float32 (float64 if hidden is). Never above 1."""
+        """sigmoid(w . h + b) <= 1: hidden [..., D] -> [...], float32 (float64 if hidden is)."""
         hidden = hidden.to(_compute_dtype(hidden))
         return torch.sigmoid((hidden * self.weight[0]).sum(-1) + self.bias[0])
+
+
+class Rule:
+    """Which tokens stay beyond the exact rule: d_i with score_i > threshold, if no stop token.
+
+    A subclass sets `name` and `score`; its constructor checks (ValueError) what --rule_args names.
+    """
+
+    name: str
+    needs_probs = False  # then ranks gather whole rows, and `Verified.probs` is there
+    needs_draft_probs = False  # then a greedy drafter keeps them too
+    threshold = 0.5
+    head: JudgeHead | None = None
+    overrules = False  # for benchmarks: the score alone decides, the exact rule keeps nothing
+    on_host = False  # for benchmarks: the score reads tensors back, so nothing compiles or records
+
+    def check(self, hidden_size: int) -> None:
+        """ValueError where the rule does not fit a target of this hidden size."""
+        if self.head is not None:
+            self.head.check(hidden_size)
+
+    def to(self, device: torch.device) -> Rule:
+        """Move what it holds to the target's device."""
+        if self.head is not None:
+            self.head.to(device)
+        return self
+
+    def score(self, seen: Verified) -> Tensor | None:
+        """float32 [K] in [0, 1], entry i-1 for d_i; None: the exact rule alone. No host sync."""
+        return None
+
+
+class Exact(Rule):
+    """Standard speculative sampling: the target's own distribution, token for token."""
+
+    name = "exact"
+
+
+class Judge(Rule):
+    """sigmoid(w . h_i + b) > threshold, h_i the target's state after d_i (arXiv 2501.19309)."""
+
+    name = "judge"
+
+    def __init__(self, head: JudgeHead):
+        self.head, self.threshold = head, head.threshold
+
+    def score(self, seen: Verified) -> Tensor:
+        return self.head.score(seen.hidden[1:])
+
+
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Exact, Judge)}
+
+
+def make_rule(name: str, *, head: JudgeHead | None = None, threshold: float | None = None,
+              rule_args: dict | None = None) -> Rule:
+    """The rule of a name, with its arguments and threshold; ValueError for what does not fit."""
+    if name not in RULES:
+        raise _error("rule", repr(name), f"one of {', '.join(RULES)}", "docs/hacking.md adds one")
+    given, signature = dict(rule_args or {}), inspect.signature(RULES[name])
+    if "head" in signature.parameters:
+        if head is None:
+            raise _error(f"rule {name}", "no judge head", "one", "give --judge [HEAD]")
+        given["head"] = head
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise _error(f"rule {name}", f"arguments with {error}", signature, "mend them") from None
+    rule = RULES[name](**given)
+    if threshold is not None:
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"got threshold {threshold}, expected a number in [0, 1]; 1: lossless")
+        rule.threshold = threshold
+    return rule
+
+
+def available_rules(rule: str | Rule | None, head: JudgeHead | None, *, drafts: bool,
+                    threshold: float | None = None) -> dict[str, Rule | None]:
+    """What can run, by name, `rule` last (default: judge with a head, else exact; no draft: none).
+
+    ValueError for a rule without a draft, or a threshold for one that has none.
+    """
+    rules: dict[str, Rule | None] = {"none": None}
+    name = rule.name if isinstance(rule, Rule) else rule or ("judge" if head else None)
+    if not drafts and name not in (None, "none"):
+        raise ValueError(f"got rule {name!r} without a draft: there is nothing to judge; give "
+                         "--draft_checkpoint_path DIR or --draft lookup")
+    if drafts:
+        rules["exact"] = make_rule("exact")
+    if drafts and head is not None:
+        rules["judge"] = make_rule("judge", head=head, threshold=threshold)
+    if isinstance(rule, str) and rule not in rules:
+        rule = make_rule(rule, head=head, threshold=threshold)
+    if rule is not None:
+        made = rules.pop(name, None)
+        rules[name] = rule if isinstance(rule, Rule) else made
+    if threshold is not None and next(reversed(rules)) in ("none", "exact"):
+        raise _error("threshold", threshold, f"none with rule {next(reversed(rules))}",
+                     "leave it out, or add a judge")
+    return rules
+
+
+def check_fit(target, draft, rule: Rule | None, speculate_k: int) -> None:
+    """ValueError where two ModelConfigs (the draft's perhaps None), a rule and K do not fit."""
+    if not isinstance(speculate_k, int) or not 1 <= speculate_k <= MAX_K:
+        raise ValueError(f"got speculate_k {speculate_k}, expected a number from 1 to {MAX_K}, "
+                         "which is what the judge kernel holds; 16 is a good start")
+    if draft is not None and draft.vocab_size != target.vocab_size:
+        raise ValueError(f"got a draft with a vocabulary of {draft.vocab_size} and a target with "
+                         f"{target.vocab_size}; expected the same: take two models of one family")
+    if rule is not None:
+        rule.check(target.hidden_size)
 
 
 def probs(logits: Tensor, temperature: Tensor | float, top_k: int | None = None) -> Tensor:
     """softmax(kept logits / temperature): [..., V] -> float32 [..., V] (float64 if logits are).
 
-    Top-k keeps every logit >= the k-th largest of its row, so ties may keep more than k; k >= V keeps all.
+    Top-k keeps every logit >= the k-th largest of its row: ties may keep more, k >= V keeps all.
     """
     logits = logits.to(_compute_dtype(logits))
     if top_k is not None and top_k < logits.shape[-1]:
@@ -162,117 +272,133 @@ def probs(logits: Tensor, temperature: Tensor | float, top_k: int | None = None)
 
 
 def sample(probs: Tensor, exponentials: Tensor) -> Tensor:
-    """One draw from unnormalised weights: argmax(probs / e), e ~ Exp(1); lowest index on ties. [..., V] -> [...]"""
+    """A draw from unnormalised weights [..., V] -> [...]: argmax(probs / e), e ~ Exp(1)."""
     return torch.argmax(probs / exponentials, -1)
 
 
 def greedy(logits: Tensor, shard=None, first_token: Tensor | int = 0) -> tuple[Tensor, Tensor]:
-    """argmax (lowest index on ties) and maximum of each row, [..., V] -> [...], [...]; a NaN is the maximum.
+    """argmax (lowest index on ties) and max of each row, [..., V] -> [...], [...]; NaN is the max.
 
-    Over ranks (tp.Shard) logits are this rank's columns, from `first_token` of the vocabulary on: two floats a row travel.
+    Over ranks (tp.Shard) logits are this rank's columns, which start at `first_token` of the
+    vocabulary; two floats a row travel.
     """
     best, top = logits.argmax(-1), logits.amax(-1)
     if shard is None or shard.world == 1:
         return best, top
-    candidates = torch.stack((top.float(), (best + first_token).float()), -1)  # [..., 2]; an index is exact, V < 2^24
+    candidates = torch.stack((top.float(), (best + first_token).float()), -1)  # exact: V < 2^24
     tops, tokens = shard.gather(candidates[..., None]).unbind(-2)  # [..., world]
     top = tops.amax(-1)
     return torch.where(tops == top[..., None], tokens, float(1 << 24)).amin(-1).to(torch.int64), top
 
 
-def accept(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: JudgeHead | None, threshold: Tensor,
-           stop_tokens: Tensor, temperature: Tensor | None = None, top_k: int | None = None, draft_probs: Tensor | None = None,
-           uniforms: Tensor | None = None, exponentials: Tensor | None = None, shard=None, first_token: Tensor | int = 0,
-           impl: str) -> Decision:
-    """Decide one round of speculation; the rule is in the module's docstring.
+def accept(hidden: Tensor, logits: Tensor, drafted: Tensor, *, rule: Rule, **inputs) -> Decision:
+    """Decide one round: the kernel on CUDA for rules it knows, else `accept_torch`; same inputs."""
+    if logits.is_cuda and type(rule) in (Exact, Judge):
+        return accept_triton(hidden, logits, drafted, rule=rule, **inputs)
+    return accept_torch(hidden, logits, drafted, rule=rule, **inputs)
 
-    hidden [K+1, D], logits [K+1, V]: what the target left after [last, d_1..d_K]. draft_tokens int64 [K]. threshold float32 [].
-    stop_tokens int64 [n], n >= 0: never rescued by the judge. temperature float32 [], > 0, or None for greedy; sampling needs
-    draft_probs float32 [K, V] (what the draft sampled from), uniforms float32 [K] in [0, 1) and exponentials float32 [V],
-    Exp(1). Over ranks (shard: tp.Shard), greedy logits are this rank's columns from `first_token` on; sampling takes whole
-    rows. impl "torch" or "triton". ValueError for a misfit.
+
+def accept_torch(hidden: Tensor, logits: Tensor, drafted: Tensor, *, rule: Rule, threshold: Tensor,
+                 stop_tokens: Tensor, temperature: Tensor | None = None, top_k: int | None = None,
+                 draft_probs: Tensor | None = None, uniforms: Tensor | None = None,
+                 exponentials: Tensor | None = None, shard=None,
+                 first_token: Tensor | int = 0) -> Decision:
+    """The rule in plain torch, without a host sync or a shape that depends on data: it compiles.
+
+    hidden [K+1, D], logits [K+1, V], drafted int64 [K], as in `Verified`. threshold float32 [].
+    stop_tokens int64 [n], n >= 0: never rescued. temperature float32 [], > 0, or None for greedy;
+    sampling needs draft_probs float32 [K, V] (what the draft sampled from), uniforms float32 [K] in
+    [0, 1) and exponentials float32 [V], Exp(1). Over ranks (shard: tp.Shard) logits are this rank's
+    columns from `first_token` on; without shard, whole rows. ValueError for a misfit.
     """
-    (rows, V), K = logits.shape, draft_tokens.shape[0]
-    if not rows == hidden.shape[0] == K + 1 > 1:
-        raise _error("rows of hidden and logits", (hidden.shape[0], rows), f"K + 1 = {K + 1} > 1", "pass both whole")
-    if head is not None:
-        head.check(hidden.shape[1])
-    sampling = (draft_probs, uniforms, exponentials)
-    if temperature is not None:
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in sampling]
-        if shapes != [(K, V), (K,), (V,)]:
-            raise _error("shapes of draft_probs, uniforms, exponentials", shapes, [(K, V), (K,), (V,)],
-                         "pass all three to sample, or temperature=None for greedy")
-        if top_k is not None and top_k < 1:
-            raise _error("top_k", top_k, "1 or more", "pass None to keep the whole vocabulary")
-    if impl == "torch":
-        return _accept_torch(hidden, logits, draft_tokens, head, threshold, stop_tokens, temperature, top_k, *sampling,
-                             shard, first_token)
-    if impl != "triton":
-        raise _error("impl", repr(impl), "'torch' or 'triton'", "pass one of them")
-    _check_triton(hidden, logits, draft_probs, draft_tokens, uniforms, exponentials)
-    spread = shard is not None and shard.world > 1 and temperature is None
-    stats = row_stats(hidden, logits, draft_tokens, head=None if spread and shard.rank else head, temperature=temperature,
-                      top_k=top_k, vocab_offset=V * shard.rank if spread else 0)
-    if spread:
+    _check(hidden, logits, drafted, rule, temperature, top_k, draft_probs, uniforms, exponentials)
+    K, sampled = drafted.shape[0], temperature is not None
+    logits = logits.to(_compute_dtype(logits))
+    best, top = greedy(logits, shard, first_token)  # [K+1]
+    bad, p = ~top.isfinite(), None
+    if sampled or rule.needs_probs:
+        p = probs(logits, temperature if sampled else 1.0, top_k)  # [K+1, V]
+    if sampled:
+        column = drafted[:, None]
+        exact = uniforms * draft_probs.gather(1, column)[:, 0] < p[:K].gather(1, column)[:, 0]
+    else:
+        exact = best[:K] == drafted
+    exact = exact & ~bad[:K]
+    if rule.overrules:
+        exact = torch.zeros_like(exact)
+
+    score, lossy = rule.score(Verified(hidden, logits, drafted, p, draft_probs, uniforms)), False
+    if score is None:
+        score = torch.zeros(K, device=logits.device)
+    else:
+        lossy = (score > threshold) & ~(drafted[:, None] == stop_tokens[None, :]).any(-1)
+    a = (exact | lossy).to(torch.int64).cumprod(0).sum()
+
+    if sampled:
+        p_a = p.index_select(0, a[None])[0]
+        q_next = draft_probs.index_select(0, a.clamp(max=K - 1)[None])[0]  # q_{a+1}
+        residual = torch.where(a < K, p_a - q_next, p_a).clamp(min=0)
+        next_token = sample(torch.where((residual > 0).any(), residual, p_a), exponentials)
+    else:
+        next_token = best.gather(0, a[None])[0]
+    status = (bad & (torch.arange(K + 1, device=bad.device) <= a)).any().to(torch.int32)
+    source = torch.where(exact, 1, torch.where(exact | lossy, 2, 0)).to(torch.int8)
+    return Decision(a, next_token, source, score, status)
+
+
+def accept_triton(hidden, logits, drafted, *, rule, threshold, stop_tokens, temperature=None,
+                  top_k=None, draft_probs=None, uniforms=None, exponentials=None, shard=None,
+                  first_token=0) -> Decision:
+    """`accept_torch` (same inputs) by the kernels; ValueError for a rule or tensor beyond them."""
+    draws = draft_probs, uniforms, exponentials
+    _check(hidden, logits, drafted, rule, temperature, top_k, *draws)
+    _check_triton(hidden, logits, drafted, rule, *draws)
+    rank = shard.rank if shard is not None else 0
+    stats = row_stats(hidden, logits, drafted, head=rule.head if rank == 0 else None,
+                      temperature=temperature, top_k=top_k, vocab_offset=logits.shape[1] * rank)
+    if shard is not None:
         stats = shard.gather(stats)
-    decision, cut_row = decide(stats, draft_tokens, head=head, threshold=threshold, stop_tokens=stop_tokens,
-                               temperature=temperature, draft_probs=draft_probs, uniforms=uniforms)
+    decision, cut_row = decide(stats, drafted, head=rule.head, threshold=threshold,
+                               stop_tokens=stop_tokens, temperature=temperature,
+                               draft_probs=draft_probs, uniforms=uniforms)
     if temperature is not None:
         residual_sample(decision, cut_row, logits, draft_probs, exponentials, temperature)
     return decision
 
 
-def _accept_torch(hidden, logits, draft_tokens, head, threshold, stop_tokens, temperature, top_k,
-                  draft_probs, uniforms, exponentials, shard, first_token) -> Decision:
-    """The rule in plain torch: no host sync, no shape that depends on data, so torch.compile takes it whole."""
-    K = draft_tokens.shape[0]
-    logits = logits.to(_compute_dtype(logits))
-    best, top = greedy(logits, shard if temperature is None else None, first_token)  # [K+1]
-    bad = ~top.isfinite()
-    if temperature is None:
-        exact = best[:K] == draft_tokens
-    else:
-        p = probs(logits, temperature, top_k)  # [K+1, V]
-        column = draft_tokens[:, None]
-        exact = uniforms * draft_probs.gather(1, column)[:, 0] < p[:K].gather(1, column)[:, 0]
-    exact = exact & ~bad[:K]
-
-    if head is None:
-        score, judge = torch.zeros(K, device=logits.device), torch.zeros_like(exact)
-    else:
-        score = head.score(hidden[1:])  # row i: after the target has read d_i
-        judge = (score > threshold) & ~(draft_tokens[:, None] == stop_tokens[None, :]).any(-1)
-    a = (exact | judge).to(torch.int64).cumprod(0).sum()
-
-    if temperature is None:
-        next_token = best.gather(0, a[None])[0]
-    else:
-        p_a = p.index_select(0, a[None])[0]
-        q_next = draft_probs.index_select(0, a.clamp(max=K - 1)[None])[0]  # q_{a+1}
-        residual = torch.where(a < K, p_a - q_next, p_a).clamp(min=0)
-        next_token = sample(torch.where((residual > 0).any(), residual, p_a), exponentials)
-    status = (bad & (torch.arange(K + 1, device=bad.device) <= a)).any().to(torch.int32)
-    source = torch.where(exact, 1, torch.where(judge, 2, 0)).to(torch.int8)
-    return Decision(a, next_token, source, score, status)
+def _check(hidden, logits, drafted, rule, temperature, top_k, *draws) -> None:
+    """ValueError for inputs of `accept` that do not fit together; it looks at no values."""
+    (rows, V), K = logits.shape, drafted.shape[0]
+    if not rows == hidden.shape[0] == K + 1 > 1:
+        raise _error("rows of hidden and logits", (hidden.shape[0], rows), f"K + 1 = {K + 1} > 1",
+                     "pass both whole")
+    rule.check(hidden.shape[1])
+    got, expected = [x if x is None else tuple(x.shape) for x in draws], [(K, V), (K,), (V,)]
+    if temperature is not None and got != expected:
+        raise _error("shapes of draft_probs, uniforms, exponentials", got, expected,
+                     "pass all three to sample, or temperature=None for greedy")
+    if temperature is not None and top_k is not None and top_k < 1:
+        raise _error("top_k", top_k, "1 or more", "pass None to keep the whole vocabulary")
 
 
-def _check_triton(hidden: Tensor, logits: Tensor, draft_probs: Tensor | None, draft_tokens: Tensor, uniforms: Tensor | None,
-                  exponentials: Tensor | None) -> None:
-    """ValueError for what the kernel cannot take; it looks at no values."""
+def _check_triton(hidden, logits, drafted, rule, draft_probs, uniforms, exponentials) -> None:
+    """ValueError for what the kernels cannot take; it looks at no values."""
     if triton is None or not (logits.is_cuda or INTERPRETED):
         got = "no triton package" if triton is None else f"tensors on {logits.device}"
-        raise _error("impl='triton'", got, "triton and a GPU", "use impl='torch' (to test: TRITON_INTERPRET=1 before the import)")
-    if (K := len(draft_tokens)) > MAX_K or logits.shape[1] >= 1 << 24:
-        raise _error("impl='triton'", (K, logits.shape[1]), f"K <= {MAX_K} and V < 2^24", "use impl='torch'")
-    for name, tensor in (("hidden", hidden), ("logits", logits), ("draft_probs", draft_probs)):
-        if tensor is not None and (tensor.stride(-1) != 1 or tensor.dtype not in KEY_BITS):
-            raise _error(name, f"{tensor.dtype} with strides {tensor.stride()}", "bf16, fp16 or fp32 in contiguous rows",
-                         f"pass {name}.contiguous(), or use impl='torch' for other dtypes")
-    for name, tensor, dtype in (("draft_tokens", draft_tokens, torch.int64), ("uniforms", uniforms, torch.float32),
-                                ("exponentials", exponentials, torch.float32)):
-        if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
-            raise _error(name, f"{tensor.dtype} with strides {tensor.stride()}", f"{dtype}, contiguous", "convert it")
+        raise _error("accept_triton", got, "triton and a GPU",
+                     "use accept_torch (to test: TRITON_INTERPRET=1 before the import)")
+    if type(rule) not in (Exact, Judge):
+        raise _error("accept_triton", f"rule {rule.name}", "exact or judge", "use accept_torch")
+    size, integers, floats = (len(drafted), logits.shape[1]), (torch.int64,), (torch.float32,)
+    if size[0] > MAX_K or size[1] >= 1 << 24:
+        raise _error("accept_triton", size, f"K <= {MAX_K} and V < 2^24", "use accept_torch")
+    for name, x, dtypes in (("hidden", hidden, KEY_BITS), ("logits", logits, KEY_BITS),
+                            ("draft_probs", draft_probs, KEY_BITS), ("drafted", drafted, integers),
+                            ("uniforms", uniforms, floats), ("exponentials", exponentials, floats)):
+        if x is not None and (x.dtype not in dtypes or x.shape[-1] > 1 and x.stride(-1) != 1):
+            raise _error(name, f"{x.dtype} with strides {x.stride()}",
+                         f"contiguous rows of {' or '.join(map(str, dtypes))}",
+                         f"pass {name}.contiguous(), or use accept_torch for other dtypes")
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -280,26 +406,32 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}, {'finite' if tensor.isfinite().all() else 'with NaN or inf'}"
+    finite = "finite" if tensor.isfinite().all() else "with NaN or inf"
+    return f"{tensor.dtype} {list(tensor.shape)}, {finite}"
 
 
 def _error(what: str, got, expected, mend: str) -> ValueError:
     return ValueError(f"{what}: got {got}, expected {expected}; {mend}")
 
 
-def jit(kernel):
-    """triton.jit where there is a triton."""
-    return triton.jit(kernel) if triton is not None else kernel
+jit = triton.jit if triton else lambda kernel: kernel
+
+
+@jit
+def read(pointer, mask):
+    """Logits or statistics as float32, -inf where masked."""
+    return tl.load(pointer, mask, other=-float("inf")).to(tl.float32)
 
 
 @jit
 def judge_part(hidden, weight, row, stride_h, split, splits, D, BLOCK_D: tl.constexpr):
-    """This split's part of w . hidden[row]: blocks split, split + splits, ... of D. Row 0, which nobody judges, is not read."""
+    """w . hidden[row] over blocks split, split + splits, ... of D; 0 for row 0, never judged."""
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in range(split * BLOCK_D, D, splits * BLOCK_D):
         col = start + tl.arange(0, BLOCK_D)
-        h = tl.load(hidden + row.to(tl.int64) * stride_h + col, (col < D) & (row > 0), other=0).to(tl.float32)
-        acc += h * tl.load(weight + col, (col < D) & (row > 0), other=0)
+        live = (col < D) & (row > 0)
+        h = tl.load(hidden + row.to(tl.int64) * stride_h + col, live, other=0).to(tl.float32)
+        acc += h * tl.load(weight + col, live, other=0)
     return tl.sum(acc)
 
 
@@ -316,50 +448,48 @@ def store_stats(stats, row, split, splits, rows, top, index, dot, total, token_l
 
 
 @jit
-def row_stats_kernel(stats, hidden, stride_h, weight, logits, stride_l, draft_tokens, temperature, vocab_offset,
-                     K, D, V, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """max, argmax, w.h part; sampled also sum exp((x - max) / T) and the logit of d_{row+1} (k-th logit: -inf, all kept).
+def row_stats_kernel(stats, hidden, stride_h, weight, logits, stride_l, drafted, temperature,
+                     vocab_offset, K, D, V, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """max, argmax, w.h part; sampled: sum exp((x - max) / T), logit of d_{row+1}, k-th (-inf).
 
-    Grid (K+1, splits of V). A program holds BLOCK_V logits of one row in registers and reads each once; lanes past V are -inf.
-    NaN counts as +inf, which `decide` takes as "bad". Reads: logits and hidden rows 1..K once, w once a row (from L2), K logits
-    again when sampling; writes 6 floats a program.
+    Grid (K+1, splits of V). A program holds BLOCK_V logits of a row in registers; lanes past V are
+    -inf, NaN counts as +inf, which `decide` calls bad. Reads logits and hidden rows 1..K once, w
+    once a row (from L2), K logits again when sampling; writes 6 floats a program.
     """
     row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     logits += row.to(tl.int64) * stride_l
     col = split * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = tl.load(logits + col, mask=col < V, other=-float("inf")).to(tl.float32)
+    x = read(logits + col, col < V)
     x = tl.where(x <= float("inf"), x, float("inf"))  # NaN: as bad as +inf
     top = tl.max(x)
-    # The lowest lane that holds the max is a real one even in a block of -inf, since lanes past V come last.
+    # The lowest lane that holds the max is real even in a block of -inf: lanes past V come last.
     index = tl.min(tl.where(x == top, col, 2147483647)) + vocab_offset
-    dot, total, token_logit = 0.0, 0.0, -float("inf")
+    dot, total, token_logit, kth = 0.0, 0.0, -float("inf"), -float("inf")
     if weight is not None:
         dot = judge_part(hidden, weight, row, stride_h, split, splits, D, BLOCK_D)
     if temperature is not None:
         total = tl.sum(tl.where(x > -float("inf"), tl.exp((x - top) / tl.load(temperature)), 0.0))
-        token = tl.load(draft_tokens + row, mask=row < K, other=-1) - vocab_offset
-        mine = (token >= 0) & (token < V) & (split == 0)
-        token_logit = tl.load(logits + token, mask=mine, other=-float("inf")).to(tl.float32)
-    store_stats(stats, row, split, splits, K + 1, top, index, dot, total, token_logit, -float("inf"))
+        token = tl.load(drafted + row, mask=row < K, other=-1) - vocab_offset
+        token_logit = read(logits + token, (token >= 0) & (token < V) & (split == 0))
+    store_stats(stats, row, split, splits, K + 1, top, index, dot, total, token_logit, kth)
 
 
 @jit
 def kth_largest(first, rest, n, k, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The k-th largest of `first` (a block) and rest[BLOCK:n]; -inf if it is that or there are fewer than k.
+    """The k-th largest of `first` (a block) and rest[BLOCK:n]; -inf where there are fewer than k.
 
-    A float's bits, with the lower 31 flipped when it is negative, order like the floats. The largest key that k values reach is
-    built from the top bit down; only KEY_BITS leading bits can differ.
+    A float's bits, the lower 31 flipped when it is negative, order like the floats. The largest key
+    that k values reach is built from the top bit down; only KEY_BITS leading bits can differ.
     """
     bits = first.to(tl.int32, bitcast=True)
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    low = tl.full([], -2147483648, tl.int64)
-    step = tl.full([], 2147483648, tl.int64)
+    low, step = tl.full([], -2147483648, tl.int64), tl.full([], 2147483648, tl.int64)
     for _ in range(KEY_BITS):
         middle = (low + step).to(tl.int32)
         count = tl.sum((keys >= middle).to(tl.int32))
         for start in range(BLOCK, n, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            more = tl.load(rest + col, col < n, other=-float("inf")).to(tl.float32).to(tl.int32, bitcast=True)
+            more = read(rest + col, col < n).to(tl.int32, bitcast=True)
             count += tl.sum(((more ^ ((more >> 31) & 0x7FFFFFFF)) >= middle).to(tl.int32))
         low = tl.where(count >= k, low + step, low)
         step = step >> 1
@@ -369,22 +499,24 @@ def kth_largest(first, rest, n, k, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def topk_stats_kernel(stats, candidates, hidden, stride_h, weight, logits, stride_l, draft_tokens, temperature, top_k,
-                      K, D, V, KEY_BITS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """row_stats of the kept logits: max, w.h, sum exp over the kept, logit of d (-inf if not kept) and k-th logit.
+def topk_stats_kernel(stats, candidates, hidden, stride_h, weight, logits, stride_l, drafted,
+                      temperature, top_k, K, D, V, KEY_BITS: tl.constexpr, BLOCK_V: tl.constexpr,
+                      BLOCK_D: tl.constexpr):
+    """row_stats of the kept logits: max, w.h, sum exp, logit of d (-inf if not kept), k-th logit.
 
-    Grid (K+1,): one program a row, since the k-th value needs all of it. Scan 1 keeps each lane's max over windows of BLOCK_V;
-    k values reach the k-th largest lane max, so it bounds the k-th value from below. Scan 2 packs the few logits that reach the
-    bound into `candidates` (the whole row if k > BLOCK_V), where the k-th is searched bit by bit. Lanes past V are -inf. Reads:
-    logits twice, the second time from L2, hidden once, w once a row, about k candidates twice; writes the candidates and 6
-    floats a row.
+    Grid (K+1,): one program a row, since the k-th needs all of it; lanes past V are -inf. Scan 1
+    keeps each lane's max over windows of BLOCK_V; k values reach the k-th largest lane max, so it
+    bounds the k-th from below. Scan 2 packs the few logits that reach the bound into `candidates`
+    (the whole row if k > BLOCK_V), where the k-th is searched bit by bit. Reads logits twice (the
+    second time from L2), hidden once, w once a row, about k candidates twice; writes the candidates
+    and 6 floats a row.
     """
     row, lane = tl.program_id(0), tl.arange(0, BLOCK_V)
     logits += row.to(tl.int64) * stride_l
     candidates += row.to(tl.int64) * V
     lane_max = tl.full([BLOCK_V], -float("inf"), tl.float32)
     for start in tl.range(0, V, BLOCK_V, num_stages=4):  # loads run ahead
-        x = tl.load(logits + start + lane, mask=start + lane < V, other=-float("inf")).to(tl.float32)
+        x = read(logits + start + lane, start + lane < V)
         x = tl.where(x <= float("inf"), x, float("inf"))  # NaN: as bad as +inf
         lane_max = tl.maximum(lane_max, x)
     bound = kth_largest(lane_max, candidates, 0, top_k, KEY_BITS, BLOCK_V)
@@ -398,47 +530,48 @@ def topk_stats_kernel(stats, candidates, hidden, stride_h, weight, logits, strid
             tl.store(candidates + (n + tl.cumsum(keep.to(tl.int32)) - 1), x, mask=keep)
         n += found
     tl.debug_barrier()  # the loads below read what other threads of this program stored
-    first = tl.load(candidates + lane, mask=lane < n, other=-float("inf")).to(tl.float32)
+    first = read(candidates + lane, lane < n)
     kth = kth_largest(first, candidates, n, top_k, KEY_BITS, BLOCK_V)
 
     top, T = tl.max(lane_max), tl.load(temperature)
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, n, BLOCK_V):
-        x = tl.load(candidates + start + lane, mask=start + lane < n, other=-float("inf")).to(tl.float32)
+        x = read(candidates + start + lane, start + lane < n)
         total += tl.where((x >= kth) & (x > -float("inf")), tl.exp((x - top) / T), 0.0)
-    token = tl.load(draft_tokens + row, mask=row < K, other=-1)
-    token_logit = tl.load(logits + token, mask=(token >= 0) & (token < V), other=-float("inf")).to(tl.float32)
+    token = tl.load(drafted + row, mask=row < K, other=-1)
+    token_logit, dot = read(logits + token, (token >= 0) & (token < V)), 0.0
     token_logit = tl.where(token_logit >= kth, token_logit, -float("inf"))
-    dot = 0.0
     if weight is not None:
         dot = judge_part(hidden, weight, row, stride_h, 0, 1, D, BLOCK_D)
-    store_stats(stats, row, 0, 1, K + 1, top, row, dot, tl.sum(total), token_logit, kth)  # index: unused when sampling
+    # The index is unused when sampling: any number will do.
+    store_stats(stats, row, 0, 1, K + 1, top, row, dot, tl.sum(total), token_logit, kth)
 
 
 @jit
-def decide_kernel(stats, draft_tokens, bias, threshold, stop_tokens, n_stop, temperature, draft_probs, stride_q, uniforms,
-                  accept_len, next_token, source, score, status, cut_row, K, splits,
-                  ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """Merge the shards and apply the rule. Grid (1,): one program holds [ROWS, SPLITS] of one statistic at a time.
+def decide_kernel(stats, drafted, bias, threshold, stop_tokens, n_stop, temperature, draft_probs,
+                  stride_q, uniforms, accept_len, next_token, source, score, status, cut_row, K,
+                  splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Merge the shards and apply the rule. Grid (1,): a program of [ROWS, SPLITS] of a statistic.
 
-    Lane i is draft token d_{i+1}: exact on logits row i, judge on hidden row i+1. Rows past K and splits past the last are
-    masked, and so is row K as a draft token. Sampled: cut_row = max, sum of exp, k-th logit of row a, and 0 arrivals. Reads the
-    statistics, d, u and q(d) once; writes the decision.
+    Lane i is draft token d_{i+1}: exact on logits row i, judge on hidden row i+1. Rows past K and
+    splits past the last are masked, and row K as a draft token. Sampled: cut_row = max, sum of exp,
+    k-th logit of row a, and 0 arrivals. Reads statistics, d, u, q(d) once; writes the decision.
     """
     i, s = tl.arange(0, ROWS), tl.arange(0, SPLITS)
     at, plane = stats + i[:, None] * splits + s[None, :], (K + 1) * splits
     live = (i[:, None] <= K) & (s[None, :] < splits)
-    shard_max = tl.load(at, live, other=-float("inf"))
+    shard_max = read(at, live)
     top = tl.max(shard_max, 1)
     bad = tl.abs(top) == float("inf")
-    token = tl.load(draft_tokens + i, i < K, other=-1)
+    token = tl.load(drafted + i, i < K, other=-1)
     if temperature is not None:
         T = tl.load(temperature)
         scale = tl.where(shard_max > -float("inf"), tl.exp((shard_max - top[:, None]) / T), 0.0)
         total = tl.sum(tl.load(at + 3 * plane, live, other=0.0) * scale, 1)
-        token_logit = tl.max(tl.load(at + 4 * plane, live, other=-float("inf")), 1)
+        token_logit = tl.max(read(at + 4 * plane, live), 1)
         q = tl.load(draft_probs + i.to(tl.int64) * stride_q + token, i < K, other=0.0)
-        exact = tl.load(uniforms + i, i < K, other=1.0) * q < tl.exp((token_logit - top) / T) / total
+        p = tl.exp((token_logit - top) / T) / total
+        exact = tl.load(uniforms + i, i < K, other=1.0) * q < p
     else:
         index = tl.load(at + plane, live, other=float("inf"))
         best = tl.min(tl.where(shard_max == top[:, None], index, float("inf")), 1).to(tl.int64)
@@ -447,8 +580,9 @@ def decide_kernel(stats, draft_tokens, bias, threshold, stop_tokens, n_stop, tem
 
     passed, result = exact, tl.zeros([ROWS], tl.float32)
     if bias is not None:
-        dot = tl.sum(tl.load(at + 2 * plane + splits, (i[:, None] < K) & (s[None, :] < splits), other=0.0), 1)
-        # Rounded to nearest, so that 1 / (1 + exp) stays at or below 1 and threshold 1 is never passed.
+        judged = (i[:, None] < K) & (s[None, :] < splits)
+        dot = tl.sum(tl.load(at + 2 * plane + splits, judged, other=0.0), 1)
+        # Rounded to nearest, so that 1 / (1 + exp) is at most 1 and never passes threshold 1.
         result = tl.div_rn(1.0, 1.0 + tl.exp(-(dot + tl.load(bias))))
         stops = tl.zeros([ROWS], tl.int32)
         for j in range(n_stop):
@@ -462,31 +596,32 @@ def decide_kernel(stats, draft_tokens, bias, threshold, stop_tokens, n_stop, tem
     if temperature is not None:
         tl.store(cut_row + i * 0, top, i == a)
         tl.store(cut_row + i * 0 + 1, total, i == a)
-        tl.store(cut_row + i * 0 + 2, tl.max(tl.load(at + 5 * plane, live, other=-float("inf")), 1), i == a)
+        tl.store(cut_row + i * 0 + 2, tl.max(read(at + 5 * plane, live), 1), i == a)
         tl.store(cut_row + 3, 0.0)
     else:
         tl.store(next_token + i * 0, best, i == a)
 
 
 @jit
-def residual_sample_kernel(best, next_token, accept_len, cut_row, logits, stride_l, draft_probs, stride_q, exponentials,
-                           temperature, vocab_offset, K, V, splits, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr):
+def residual_sample_kernel(best, next_token, accept_len, cut_row, logits, stride_l, draft_probs,
+                           stride_q, exponentials, temperature, vocab_offset, K, V, splits,
+                           SPLITS: tl.constexpr, BLOCK_V: tl.constexpr):
     """next_token = argmax(max(0, p_a - q_{a+1}) / e), and best[:, splits] = its (score, index).
 
-    Grid (splits of V,). A program scores BLOCK_V lanes: w / e where the residual w is positive, else -e / p, which is below
-    every w / e and orders like p / e, so that an all-zero residual falls back to p by itself. Lanes past V score -inf. The
-    program that arrives last (cut_row[3] counts from 0; nobody waits) picks the best split. Reads row a of logits, q and e
-    once; writes 2 floats a program.
+    Grid (splits of V,). A program scores BLOCK_V lanes: w / e where the residual w is positive,
+    else -e / p, below every w / e and ordered like p / e: a residual of zeros falls back to p by
+    itself. Lanes past V score -inf. The last program to arrive (cut_row[3] counts from 0; nobody
+    waits) picks the best split. Reads row a of logits, q and e once; writes 2 floats a program.
     """
     split, a = tl.program_id(0), tl.load(accept_len)
     col = split * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = tl.load(logits + a * stride_l + col, col < V, other=-float("inf")).to(tl.float32)
+    x = read(logits + a * stride_l + col, col < V)
     p = tl.exp((x - tl.load(cut_row)) / tl.load(temperature)) / tl.load(cut_row + 1)
     p = tl.where((x >= tl.load(cut_row + 2)) & (x > -float("inf")), p, 0.0)
     q = tl.load(draft_probs + a * stride_q + col, (col < V) & (a < K), other=0.0)
     e = tl.load(exponentials + col, col < V, other=1.0)
     score = tl.where(p > q, (p - q) / e, -e / p)
-    score = tl.where(score <= float("inf"), score, -float("inf"))  # NaN only in a row that status reports
+    score = tl.where(score <= float("inf"), score, -float("inf"))  # NaN: in a row status reports
     top = tl.max(score)
     index = tl.min(tl.where(score == top, col, 2147483647)) + vocab_offset
     tl.store(best + split, top)
@@ -494,8 +629,9 @@ def residual_sample_kernel(best, next_token, accept_len, cut_row, logits, stride
     tl.debug_barrier()  # both are stored before this program counts as arrived
     if tl.atomic_add(cut_row + 3, 1.0) == splits - 1:
         s = tl.arange(0, SPLITS)
+        other = best + splits + 1 + s
         score_s = tl.load(best + s, s < splits, other=-float("inf"), cache_modifier=".cg")
-        index_s = tl.load(best + splits + 1 + s, s < splits, other=float("inf"), cache_modifier=".cg")
+        index_s = tl.load(other, s < splits, other=float("inf"), cache_modifier=".cg")
         winner = tl.min(tl.where(score_s == tl.max(score_s), index_s, float("inf")))
         tl.store(best + splits, tl.max(score_s))
         tl.store(best + 2 * splits + 1, winner)
@@ -505,56 +641,62 @@ def residual_sample_kernel(best, next_token, accept_len, cut_row, logits, stride
 INTERPRETED = triton is not None and not isinstance(row_stats_kernel, triton.JITFunction)
 
 
-def row_stats(hidden: Tensor, logits: Tensor, draft_tokens: Tensor, *, head: JudgeHead | None,
-              temperature: Tensor | None = None, top_k: int | None = None, vocab_offset: int = 0) -> Tensor:
-    """First launch: statistics float32 [6, K+1, S] of logits [K+1, V] that start at `vocab_offset` of the vocabulary.
+def row_stats(hidden: Tensor, logits: Tensor, drafted: Tensor, *, head: JudgeHead | None,
+              temperature: Tensor | None = None, top_k: int | None = None,
+              vocab_offset: int = 0) -> Tensor:
+    """First launch: statistics float32 [6, K+1, S] of logits [K+1, V], columns from `vocab_offset`.
 
-    Planes: max, argmax, judge's w.h, sum of exp, logit of d, k-th logit. Gather ranks along S. top_k needs whole rows.
+    Planes: max, argmax, judge's w.h, sum of exp, logit of d, k-th logit. Ranks gather along S, one
+    of them with the head, as w.h is summed. top_k needs whole rows.
     """
     (rows, V), D = logits.shape, hidden.shape[1]
     whole_rows = temperature is not None and top_k is not None and top_k < V
     splits = 1 if whole_rows else -(-V // BLOCK_V)
     stats = torch.empty(6, rows, splits, dtype=torch.float32, device=logits.device)
     weight = head.weight if head is not None else None
-    inputs = (hidden, hidden.stride(0), weight, logits, logits.stride(0), draft_tokens, temperature)
+    inputs = (hidden, hidden.stride(0), weight, logits, logits.stride(0), drafted, temperature)
     if whole_rows:
-        topk_stats_kernel[(rows,)](stats, torch.empty_like(logits), *inputs, top_k, rows - 1, D, V, num_warps=8,
-                                   KEY_BITS=KEY_BITS[logits.dtype], BLOCK_V=BLOCK_TOPK, BLOCK_D=BLOCK_D)
+        topk_stats_kernel[(rows,)](
+            stats, torch.empty_like(logits), *inputs, top_k, rows - 1, D, V, num_warps=8,
+            KEY_BITS=KEY_BITS[logits.dtype], BLOCK_V=BLOCK_TOPK, BLOCK_D=BLOCK_D)
     else:
-        row_stats_kernel[(rows, splits)](stats, *inputs, vocab_offset, rows - 1, D, V, num_warps=16, BLOCK_V=BLOCK_V,
-                                         BLOCK_D=BLOCK_D)
+        row_stats_kernel[(rows, splits)](stats, *inputs, vocab_offset, rows - 1, D, V, num_warps=16,
+                                         BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D)
     return stats
 
 
-def decide(stats: Tensor, draft_tokens: Tensor, *, head: JudgeHead | None, threshold: Tensor, stop_tokens: Tensor,
-           temperature: Tensor | None = None, draft_probs: Tensor | None = None,
-           uniforms: Tensor | None = None) -> tuple[Decision, Tensor]:
-    """Second launch: the decision from (gathered) statistics; sampled, its next_token is not yet written.
+def decide(stats: Tensor, drafted: Tensor, *, head: JudgeHead | None, threshold: Tensor,
+           stop_tokens: Tensor, temperature: Tensor | None = None, uniforms: Tensor | None = None,
+           draft_probs: Tensor | None = None) -> tuple[Decision, Tensor]:
+    """Second launch: the decision from (gathered) statistics, without next_token when sampling.
 
-    Also returns float32 [4], for `residual_sample`: max, sum of exp and k-th logit of row a, and an arrival counter.
+    Also returns float32 [4] for `residual_sample`: row a's max, sum of exp, k-th logit; arrivals.
     """
-    K, splits = draft_tokens.shape[0], stats.shape[2]
-    fields = (((), torch.int64), ((), torch.int64), (K, torch.int8), (K, torch.float32), ((), torch.int32))
-    decision = Decision(*(torch.empty(shape, dtype=dtype, device=stats.device) for shape, dtype in fields))
+    K, splits = drafted.shape[0], stats.shape[2]
+    dtypes = torch.int64, torch.int64, torch.int8, torch.float32, torch.int32
+    decision = Decision(*(torch.empty(shape, dtype=dtype, device=stats.device)
+                          for shape, dtype in zip(((), (), K, K, ()), dtypes)))
     cut_row = torch.empty(4, dtype=torch.float32, device=stats.device)
-    decide_kernel[(1,)](stats, draft_tokens, head.bias if head is not None else None, threshold, stop_tokens,
-                        stop_tokens.shape[0], temperature, draft_probs, 0 if draft_probs is None else draft_probs.stride(0),
-                        uniforms, *decision, cut_row, K, splits, num_warps=8,
-                        ROWS=1 << K.bit_length(), SPLITS=1 << (splits - 1).bit_length())
+    stride_q = 0 if draft_probs is None else draft_probs.stride(0)
+    bias = head.bias if head is not None else None
+    decide_kernel[(1,)](
+        stats, drafted, bias, threshold, stop_tokens, stop_tokens.shape[0], temperature,
+        draft_probs, stride_q, uniforms, *decision, cut_row, K, splits, num_warps=8,
+        ROWS=1 << K.bit_length(), SPLITS=1 << (splits - 1).bit_length())
     return decision, cut_row
 
 
-def residual_sample(decision: Decision, cut_row: Tensor, logits: Tensor, draft_probs: Tensor, exponentials: Tensor,
-                    temperature: Tensor, *, vocab_offset: int = 0) -> Tensor:
-    """Third launch, sampled only: writes decision.next_token and returns this shard's best (score, index), float32 [2].
+def residual_sample(decision: Decision, cut_row: Tensor, logits: Tensor, draft_probs: Tensor,
+                    exponentials: Tensor, temperature: Tensor, *, vocab_offset: int = 0) -> Tensor:
+    """Third launch, sampled only: writes decision.next_token; this shard's best (score, index).
 
-    Under tensor parallelism logits, draft_probs and exponentials are the rank's columns; the rank with the highest score
-    (lowest index on ties) has the token.
+    Over ranks logits, draft_probs and exponentials are the rank's columns; of the results, float32
+    [2], the highest score (lowest index on ties) has the token.
     """
     (rows, V), splits = logits.shape, -(-logits.shape[1] // BLOCK_V)
     best = torch.empty(2, splits + 1, dtype=torch.float32, device=logits.device)
     residual_sample_kernel[(splits,)](
-        best, decision.next_token, decision.accept_len, cut_row, logits, logits.stride(0), draft_probs, draft_probs.stride(0),
-        exponentials, temperature, vocab_offset, rows - 1, V, splits, num_warps=16,
-        SPLITS=1 << (splits - 1).bit_length(), BLOCK_V=BLOCK_V)
+        best, decision.next_token, decision.accept_len, cut_row, logits, logits.stride(0),
+        draft_probs, draft_probs.stride(0), exponentials, temperature, vocab_offset, rows - 1, V,
+        splits, num_warps=16, SPLITS=1 << (splits - 1).bit_length(), BLOCK_V=BLOCK_V)
     return best[:, splits]

@@ -1,53 +1,43 @@
-"""Tensor parallelism: one rank holds a slice of every large matrix, and all ranks run the same rounds.
+"""Tensor parallelism: each rank holds a slice of every large matrix, and all run the same rounds.
 
-Each layer is cut so that two all-reduces are all it needs: queries, keys and values by heads, gate and up by columns, and the
-matrices that follow them by rows. Embedding and LM head are cut by vocabulary, as at batch 1 they are weights like any
-others. `TABLE` says it for every parameter; it is applied where weights are read, so a rank reads its own slices and nothing
-else. Where ranks outnumber key-value heads, ranks share a head: rank r holds head floor(r · Hkv / world).
+Two all-reduces a layer suffice: queries, keys and values are cut by heads, gate and up by columns,
+the matrices that follow them by rows; embedding and LM head by vocabulary. `TABLE` says it for each
+parameter, and loading applies it: a rank reads only its own slices. Where ranks outnumber key-value
+heads, rank r holds head floor(r * Hkv / world). A single process is rank 0 of 1.
 
-Ranks cannot drift. Hidden states are equal to the bit after an all-reduce, random numbers come from one seed, and so every
-rank takes the same decisions from the same inputs; rank 0 alone says when a consumer has stopped early. Greedy rounds send
-candidates (value, index), never rows of logits; a sampled round gathers its rows.
+Ranks cannot drift: an all-reduce leaves hidden states equal to the bit and random numbers come from
+one seed, so every rank decides alike; rank 0 alone says when a consumer has stopped. Greedy rounds
+send candidates (value, index), never rows of logits; a sampled round, or one whose rule needs
+probabilities, gathers its rows. docs/method.md counts the bytes.
 
-Bytes that a rank hands to collectives in one greedy round of K drafted tokens (b bytes an activation, D and L of each model):
-
-    target  b · (K + 1) · D · (2L + 1)        two all-reduces a layer, one after the embedding
-    draft   b · (K + 1) · D · (2L + 1)        K steps, the first of two rows
-    both    8 · (2K + 1)                      value and index (float32) for K drafted tokens and K + 1 verified rows
-
-sampled, instead of the last row: 4 V / world for each drafted token, b V / world for each verified one. Per-rank traffic of
-the ring that NCCL uses for large messages is 2 (world - 1) / world times that.
-
-Shapes: B batch, S tokens, D model dim, V vocabulary, H and Hkv query and key-value heads.
-
-    torchrun --standalone --nproc_per_node=8 generate.py --judge --checkpoint_path … --draft_checkpoint_path …
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 generate.py …   # on both nodes
+    torchrun --standalone --nproc_per_node=8 generate.py --judge --checkpoint_path DIR ...
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ...
 
 Source: Megatron-LM (arXiv 1909.08053). It does not overlap communication with computation.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from model import STACKED, ModelConfig, Transformer, Whole
+from checkpoint import DTYPES, STACKED, ModelConfig
 
-# How a parameter is cut, by the end of its name. heads: rows, whole heads at a time. column: rows of the weight (columns of
-# its transpose). row: columns of the weight. vocabulary: rows. replicated: every rank holds all of it.
-TABLE = {
-    "embed_tokens.weight": "vocabulary", "lm_head.weight": "vocabulary", "lm_head.scale": "vocabulary",
-    "qkv_proj.weight": "heads", "qkv_proj.scale": "heads", "o_proj.weight": "row", "o_proj.scale": "replicated",
-    "gate_up_proj.weight": "column", "gate_up_proj.scale": "column", "down_proj.weight": "row", "down_proj.scale": "replicated",
-    "input_layernorm.weight": "replicated", "post_attention_layernorm.weight": "replicated", "norm.weight": "replicated",
-}
+# How a parameter is cut, by the end of its name. heads: rows, by whole heads. column: rows (columns
+# of the transpose). row: columns. vocabulary: rows. replicated: held whole.
+TABLE = {"embed_tokens.weight": "vocabulary", "lm_head.weight": "vocabulary",
+         "lm_head.scale": "vocabulary", "qkv_proj.weight": "heads", "qkv_proj.scale": "heads",
+         "o_proj.weight": "row", "o_proj.scale": "replicated", "gate_up_proj.weight": "column",
+         "gate_up_proj.scale": "column", "down_proj.weight": "row", "down_proj.scale": "replicated",
+         "norm.weight": "replicated", "input_layernorm.weight": "replicated",
+         "post_attention_layernorm.weight": "replicated"}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(minutes=30)  # of one collective: ranks wait while another compiles; torchrun ends a job whose rank died
+FUNCTIONAL = torch.ops._c10d_functional
+TIMEOUT = timedelta(minutes=30)  # of a collective: ranks wait while others compile
 
 
 def kind(parameter: str) -> str:
@@ -70,177 +60,171 @@ def kv_share(kv_heads: int, rank: int, world: int) -> tuple[int, int]:
 
 
 def check_world(config: ModelConfig, world: int, what: str) -> None:
-    """ValueError unless a model of this config can be spread over `world` ranks; says which sizes could."""
+    """ValueError unless `world` ranks can share a model of this config; says how many could."""
     def fails(world: int) -> list[str]:
-        sizes = {"query heads": config.num_heads, "intermediate_size": config.intermediate_size, "vocabulary": config.vocab_size}
+        sizes = {"query heads": config.num_heads, "intermediate_size": config.intermediate_size,
+                 "vocabulary": config.vocab_size}
         found = [f"{name} {size}" for name, size in sizes.items() if size % world]
         if config.num_kv_heads % world and world % config.num_kv_heads:
-            found.append(f"key-value heads {config.num_kv_heads} (they must divide it, or be divided by it)")
-        if config.int8 and not found:
-            local = {"o_proj": config.num_heads * config.head_dim // world, "down_proj": config.intermediate_size // world}
-            found += [f"(by 4, in int8) {name}'s {size} inputs a rank" for name, size in local.items() if world > 1 and size % 4]
-        return found
+            found.append(f"key-value heads {config.num_kv_heads} (one must divide the other)")
+        if found or world == 1 or not config.int8:
+            return found
+        inputs = {"o_proj": config.num_heads * config.head_dim,
+                  "down_proj": config.intermediate_size}
+        return [f"(by 4, in int8) {name}'s {size // world} inputs a rank"
+                for name, size in inputs.items() if size // world % 4]
 
     if problems := fails(world):
         possible = [str(n) for n in range(1, config.num_heads + 1) if not fails(n)]
-        raise ValueError(f"{what}: got {world} ranks, which do not divide {', '.join(problems)}; expected "
-                         f"{' or '.join(possible)}: run torchrun with such an --nproc_per_node")
+        raise ValueError(f"{what}: got {world} ranks, which do not divide {', '.join(problems)}; "
+                         f"expected {' or '.join(possible)}: run torchrun with such an "
+                         "--nproc_per_node")
 
 
-class Shard(Whole):
-    """This process's part of every model: `rank` of `world`. Collectives run in the default process group.
+class Shard:
+    """This process, `rank` of `world`. check: compare all ranks' tokens in every round (tests)."""
 
-    check=True compares the committed tokens of all ranks in every round (for tests: one more exchange a round).
-    """
-
-    def __init__(self, rank: int, world: int, *, check: bool = False):
+    def __init__(self, rank: int = 0, world: int = 1, *, check: bool = False):
         self.rank, self.world, self.check = rank, world, check
-        self.group = dist.group.WORLD.group_name
+        joined = world > 1 and dist.is_initialized()
+        self.group = dist.group.WORLD.group_name if joined else None
 
-    def check_config(self, config: ModelConfig, what: str) -> None:
-        check_world(config, self.world, what)
+    def heads(self, config: ModelConfig) -> tuple[int, int]:
+        """Query and key-value heads of this rank."""
+        first, last = kv_share(config.num_kv_heads, self.rank, self.world)
+        return config.num_heads // self.world, last - first
 
-    def cut(self, source: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int] | None]:
-        """(rows, columns) of a checkpoint's tensor that this rank holds; columns of packed int8 count int32 words."""
+    def cut(self, source: str, shape: tuple[int, ...],
+            config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """(rows, columns or None: all) of a tensor that this rank holds; packed int8: in words."""
         layer, _, leaf = source.removeprefix("model.").rpartition(".")
         name = layer.rpartition(".")[2]
         ours = next((ours for ours, theirs in STACKED.items() if name in theirs), name)
         how = kind(f"{ours}.{'scale' if leaf == 'weight_scale' else 'weight'}")
         if how == "heads":
-            head_rows = share(config.num_heads, self.rank, self.world)
+            first, last = share(config.num_heads, self.rank, self.world)
             if name != "q_proj":
-                head_rows = kv_share(config.num_kv_heads, self.rank, self.world)
-            return (head_rows[0] * config.head_dim, head_rows[1] * config.head_dim), None
+                first, last = kv_share(config.num_kv_heads, self.rank, self.world)
+            return (first * config.head_dim, last * config.head_dim), None
         if how in ("column", "vocabulary"):
             return share(shape[0], self.rank, self.world), None
         return (0, shape[0]), share(shape[1], self.rank, self.world) if how == "row" else None
 
-    def apply(self, model: Transformer, cuts: dict) -> None:
-        """Give a model on the meta device this rank's sizes, and its modules this shard."""
-        for name, parameter in list(model.named_parameters()):
-            module = model.get_submodule(name.rpartition(".")[0])
-            rows = sum(last - first for (first, last), _ in cuts[name])
-            columns = cuts[name][0][1]
-            shape = list(parameter.shape)
-            shape[0] = rows
-            if columns is not None:
-                shape[1] = (columns[1] - columns[0]) * (4 if parameter.dtype is torch.int8 else 1)
-            local = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
-            setattr(module, name.rpartition(".")[2], local)
-        for module in model.modules():
-            if hasattr(module, "shard"):
-                module.shard = self
-            if hasattr(module, "in_features"):
-                module.out_features, module.in_features = module.weight.shape
-
     def all_reduce(self, x: Tensor) -> Tensor:
-        return _wait(torch.ops._c10d_functional.all_reduce(x, "sum", self.group))
+        """The sum of all ranks' x."""
+        if self.world == 1:
+            return x
+        return FUNCTIONAL.wait_tensor(FUNCTIONAL.all_reduce(x, "sum", self.group))
 
     def gather(self, x: Tensor) -> Tensor:
-        parts = _wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous()[None], self.world, self.group))
-        return parts.movedim(0, -2).flatten(-2)  # [world, ..., n] -> [..., world · n]
+        """All ranks' x [..., n], side by side: [..., world · n]."""
+        if self.world == 1:
+            return x
+        parts = FUNCTIONAL.all_gather_into_tensor(x.contiguous()[None], self.world, self.group)
+        parts = FUNCTIONAL.wait_tensor(parts)  # [world, ..., n]
+        return parts.movedim(0, -2).flatten(-2)
 
     def agree(self, stop: bool) -> bool:
-        """Rank 0's word, on the host. RuntimeError on a rank whose consumer stopped alone: the others would wait for it."""
+        """Rank 0's word, on the host. RuntimeError on another whose consumer stopped alone."""
+        if self.world == 1:
+            return stop
         flag = torch.tensor([stop], dtype=torch.uint8)
         dist.broadcast(flag, 0)
         if stop and not flag.item():
-            raise RuntimeError(f"rank {self.rank} stopped reading tokens while rank 0 goes on; only rank 0 may stop early")
+            raise RuntimeError(f"rank {self.rank} stopped reading tokens while rank 0 goes on; "
+                               "only rank 0 may stop early")
         return bool(flag.item())
 
     def same(self, tokens: list[int]) -> None:
-        """With check: RuntimeError on a rank that did not commit what rank 0 did, which ends the job."""
+        """With check: RuntimeError on a rank that did not commit what rank 0 did."""
         if self.check and (first := self.from_first(tokens)) != tokens:
             raise RuntimeError(f"ranks have drifted: rank {self.rank} has {tokens}, rank 0 {first}")
 
     def everyone(self, value: object) -> list:
         """The values of all ranks, on every rank."""
-        values: list = [None] * self.world
-        dist.all_gather_object(values, value)
+        values: list = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def from_first(self, value: object) -> object:
         """Rank 0's value, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, 0)
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0)
         return box[0]
 
 
-def _wait(x: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(x)
+def world_size() -> int:
+    """How many ranks torchrun started, 1 without it. ValueError if only some variables are set."""
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing and {"RANK", "WORLD_SIZE"} - set(missing):
+        there = ", ".join(name for name in VARIABLES if name in os.environ)
+        raise ValueError(f"got {there} without {', '.join(missing)} in the environment, expected "
+                         "all of torchrun's variables or none; start with: torchrun --standalone "
+                         "--nproc_per_node=N generate.py ...")
+    return 1 if missing else int(os.environ["WORLD_SIZE"])
 
 
-def under_torchrun() -> bool:
-    """Whether this process is one rank of several. ValueError where only some of torchrun's variables are set."""
-    there = [name for name in VARIABLES if name in os.environ]
-    if there and len(there) < len(VARIABLES) and {"RANK", "WORLD_SIZE"} & set(there):
-        missing = [name for name in VARIABLES if name not in os.environ]
-        raise ValueError(f"got {', '.join(there)} without {', '.join(missing)} in the environment, expected all of torchrun's "
-                         "variables or none; start with: torchrun --standalone --nproc_per_node=N generate.py …")
-    return len(there) == len(VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or CUDA where there is one, else the CPU; each rank its own GPU.
+
+    ValueError where there is none such, or fewer GPUs than ranks, or where ranks name one GPU.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"got device {name!r}, expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"got device {name!r}, expected cpu, cuda or cuda:N (others are untested)")
+    several, count = world_size() > 1, torch.cuda.device_count()
+    if several and device.index is not None:
+        raise ValueError(f"got --device {name} for several ranks, expected cuda (one each) or cpu")
+    if device.type == "cpu":
+        return device
+    if several:
+        rank = int(os.environ["LOCAL_RANK"])
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
+        if ranks > count:  # on every rank of this machine alike
+            raise ValueError(f"got {ranks} ranks on a machine with {count} GPUs, expected at most "
+                             f"one a GPU: use --nproc_per_node={max(count, 1)}, or --device cpu")
+        return torch.device("cuda", rank)
+    if (device.index or 0) >= count:
+        raise ValueError(f"got device {name!r}, but torch sees {count} CUDA devices; use --device "
+                         "cpu, or install a driver and a CUDA build of torch")
+    return device
 
 
-def rank_device(name: str | None) -> torch.device:
-    """The device of this rank: its own GPU, or the CPU. ValueError where there are more ranks than GPUs, or one GPU is named."""
-    if name is not None and ":" in name:
-        raise ValueError(f"got --device {name} with several ranks, expected cuda or cpu: each rank takes its own GPU")
-    if name == "cpu" or (name is None and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
-    if ranks > count:  # on every rank of this machine alike
-        raise ValueError(f"got {ranks} ranks on a machine with {count} GPUs, expected at most one a GPU: use "
-                         f"--nproc_per_node={max(count, 1)}, or --device cpu")
-    return torch.device("cuda", local)
+def pick_dtype(name: str | None, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype asked for; else the checkpoint's on CUDA, bfloat16 on a CPU with units for it."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"got dtype {name!r}, expected one of {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        dtype = DTYPES[name] if name else config.dtype
+        if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError(f"{torch.cuda.get_device_name(device)} has no bfloat16; use --dtype "
+                             "float16 or float32")
+        return dtype
+    if name == "float16":
+        raise ValueError("got dtype float16 on a CPU, where it is slow; use bfloat16 or float32")
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return DTYPES[name or ("bfloat16" if fast else "float32")]
 
 
 def start(device: torch.device, *, check: bool = False) -> Shard:
-    """Join the process group that torchrun's variables describe. Call `stop()` at the end."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    """Join the process group that torchrun's variables describe, if any; `stop()` leaves it."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)  # Triton launches and events go to the current device
+    if world_size() == 1:
+        return Shard()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT,
+                            device_id=device if cuda else None)
     return Shard(dist.get_rank(), dist.get_world_size(), check=check)
-
-
-def compile_in_turn() -> None:
-    """Let the first rank of each machine compile first; the others then find what it made in the compiler's cache.
-
-    Every rank compiles the same graphs in the same order (what differs between ranks is data), so the n-th compilation of the
-    others waits for the end of the first one's n-th.
-    """
-    from torch._dynamo.callback import CallbackTrigger, callback_handler  # here: a second to import
-
-    store, node, count = dist.distributed_c10d._get_default_store(), os.environ.get("GROUP_RANK", "0"), itertools.count()
-
-    def wait(args) -> None:
-        if args.callback_trigger is CallbackTrigger.DYNAMO:  # not the recording of CUDA graphs, in which all ranks meet
-            store.wait([f"compiled/{node}/{next(count)}"], TIMEOUT)
-
-    def tell(args) -> None:
-        if args.callback_trigger is CallbackTrigger.DYNAMO:
-            store.set(f"compiled/{node}/{next(count)}", "")
-
-    if os.environ["LOCAL_RANK"] == "0":
-        callback_handler.register_end_callback(tell)
-    else:
-        callback_handler.register_start_callback(wait)
 
 
 def stop() -> None:
     """Leave the process group, once all ranks are done."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.barrier()  # none leaves while another still needs it
         dist.destroy_process_group()
-
-
-def rank_bytes(config: ModelConfig, world: int, *, bits: int = 16) -> int:
-    """Bytes of weights on one rank (rank 0), from shapes alone; int8 layers carry a bfloat16 scale a channel."""
-    head_dim, D, F, V = config.head_dim, config.hidden_size, config.intermediate_size, config.vocab_size
-    first, last = kv_share(config.num_kv_heads, 0, world)
-    qkv = (config.num_heads // world + 2 * (last - first)) * head_dim
-    layers = [(qkv, D), (D, config.num_heads // world * head_dim), (2 * F // world, D), (D, F // world)] * config.num_layers
-    head = [] if config.tie_word_embeddings else [(V // world, D)]
-    scales = 2 if bits == 8 else 0
-    weights = sum(out * inputs * bits // 8 + out * scales for out, inputs in layers + head)
-    return weights + 2 * (V // world * D + D * (2 * config.num_layers + 1))

@@ -1,37 +1,34 @@
-"""Train the judge head: labelled answers in, a linear head on the frozen target's hidden states out.
+"""Train the judge head: labelled answers in, a linear head on the target's hidden states out.
 
-A mistake shows in the state of a good model that has just read it, and a linear classifier finds it there (Bachmann et al.,
-ICLR 2025, arXiv 2501.19309). Each token of a labelled answer is one example: its own row h of the target's last hidden states,
-after the target has read it and before the final norm, and whether it is right.
+A good model's state shows a mistake that it has just read, and a linear classifier finds it there
+(Bachmann et al., ICLR 2025, arXiv 2501.19309). Each token of a labelled answer is one example: its
+own row h of the frozen target's last hidden states, before the final norm, and whether it is right.
 
-    score = sigmoid(w . h + b);  loss = mean of n / (2 n_y) * cross entropy(score, y), y = 1: correct, 0: mistake; AdamW
+    score = sigmoid(w . h + b);  loss = mean of n / (2 n_y) * cross entropy(score, y); AdamW
 
-Answers are JSON lines: `prompt` (one user turn), `response`, `errors` (character spans [start, end) of its mistakes; empty: it is
-correct), perhaps `system`. A token that overlaps a span is a negative, those before the first span are positives, and on the rest
-sources disagree. `--negatives mistake` leaves it out: it builds on the mistake but may follow soundly, and a judge that stops
-there never sees it. `onward` makes it negative: more examples, and a second chance where a mistake slipped through, for more
-noise. Stop tokens get no label: the judge has no say there.
+Answers are JSON lines: `prompt` (one user turn), `response`, `errors` (character spans [start, end)
+of its mistakes; empty: none), perhaps `system`. A token that overlaps a span is a negative; those
+before the first span are positives. What follows builds on the mistake, but may follow soundly:
+`--negatives mistake` leaves it out, as a judge that stops there never sees it; `onward` makes it
+negative, for more examples and more noise. Stop tokens get no label: the judge has no say there.
 
-Hidden states are cached in shards named by a hash of weight files, dtype and tokens: a stopped run goes on where it was, another
---lr or --negatives computes none. Training standardises them and folds that into w and b: the file is a plain head on raw states.
-Class weights put the balance at 0.5 however rare mistakes are, so the threshold is a score, no probability: the lowest from 0.5
-(the paper's) that keeps at most --max_kept_wrong of the validation mistakes that the exact greedy rule rejects, since what it
-accepts stays anyway. Validation (whole questions) chooses epoch and threshold: measure a head's worth on yet other questions.
+Hidden states are cached by a hash of weight files, dtype and tokens: a stopped run goes on where it
+was. Training standardises them and folds that into w and b. Class weights put the balance at 0.5,
+so a score is no probability. The threshold is the lowest from 0.5 (the paper's) that keeps at most
+--max_kept_wrong of the validation mistakes that the exact greedy rule rejects. Validation (whole
+questions) chooses epoch and threshold: measure a head's worth on yet other questions.
 
-    python train_head.py --checkpoint_path Llama-3.1-70B-Instruct --data answers.jsonl
-    python train_head.py --checkpoint_path checkpoints/demo/target --data answers.jsonl --negatives onward --json report.json
-    torchrun --standalone --nproc_per_node=8 train_head.py …     # hidden states by all ranks, the head by the first
+    python train_head.py --checkpoint_path checkpoints/demo/target --data answers.jsonl
+    torchrun --standalone --nproc_per_node=8 train_head.py ...   # all ranks compute hidden states
 
-Shapes: S tokens, R response tokens, N labelled tokens (in memory as float32), D model dim. It makes no labels.
+Shapes: S tokens, R response tokens, N labelled tokens, D model dim. It makes no labels.
 """
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import random
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +38,17 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 import tp
-from generate import check_writable, encode_prompt, pick_device, pick_dtype, say
-from judge import FEATURE, JudgeHead, greedy, written_aside
-from model import DTYPES, WHOLE, Checkpoint, ModelConfig, SafetensorsFile, Transformer, Whole
+from checkpoint import (
+    DTYPES,
+    Checkpoint,
+    ModelConfig,
+    SafetensorsFile,
+    atomic_write,
+    check_writable,
+)
+from judge import FEATURE, JudgeHead, greedy
+from model import Transformer
+from terminal import run_main
 from tokenizer import Tokenizer
 
 try:
@@ -55,26 +60,30 @@ except ImportError as error:
     MISSING = error.name
 
 ROOT = Path(__file__).resolve().parent
+CODE = [ROOT / f"{name}.py" for name in ("model", "attention", "quantize")]  # hidden states' key
 CORRECT, WRONG, LEFT_OUT = 1, 0, -1
 SHARD_ANSWERS = 16  # in one pass and one cache file (0.1 GB for 200 tokens an answer at D = 16384)
 PATIENCE = 5  # epochs without a better validation loss before training stops
-GRID = [i / 1000 for i in range(1001)]  # thresholds that are weighed
-SHOWN = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # and shown in the table
+GRID = [i / 1000 for i in range(1001)]  # thresholds that are weighed, and those that are shown
+SHOWN = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 POPULATIONS = {"all": "all validation tokens", "rejected": "tokens that the exact rule rejects"}
 
 
 class Answer(NamedTuple):
-    """One labelled answer: ids of prompt and response, and a label for each token of the response."""
+    """Ids of a prompt and its response, and a label for each token of the response."""
+
     question: str
     ids: list[int]
     prompt_tokens: int
     labels: list[int]
 
 
-def token_labels(pieces: list[bytes], response: str, errors: list[list[int]], negatives: str, start: int = 0) -> list[int]:
-    """CORRECT, WRONG or LEFT_OUT by the bytes that each token spells; the first begins at byte `start` of the response."""
+def token_labels(pieces: list[bytes], response: str, errors: list[list[int]], negatives: str,
+                 start: int = 0) -> list[int]:
+    """A label by the bytes that each token spells; the first token begins at byte `start`."""
     spans = [[len(response[:char].encode()) for char in span] for span in errors]
-    first, after, labels = min(spans, default=[math.inf])[0], LEFT_OUT if negatives == "mistake" else WRONG, []
+    first = min(spans, default=[math.inf])[0]
+    after, labels = LEFT_OUT if negatives == "mistake" else WRONG, []
     for piece in pieces:
         stop = start + len(piece)
         wrong = any(start < end and stop > begin for begin, end in spans)
@@ -88,46 +97,56 @@ def encode_answer(line: bytes, tokenizer: Tokenizer, *, context: int, negatives:
     raw = json.loads(line)
     if not isinstance(raw, dict):
         raise ValueError(f"got a JSON {type(raw).__name__}")
-    text, errors, system = raw.get("response"), raw.get("errors"), raw.get("system") or ""
-    for key, value in {"prompt": raw.get("prompt"), "response": text, "system": system or "none"}.items():
+    prompt, text, errors = (raw.get(key) for key in ("prompt", "response", "errors"))
+    system = raw.get("system") or None
+    for key, value in (("prompt", prompt), ("response", text), ("system", system or "none")):
         if not isinstance(value, str) or not value:
             raise ValueError(f"got {key} {json.dumps(value)[:40]}, expected text that is not empty")
     for span in errors if isinstance(errors, list) else [errors]:
         pair = isinstance(span, list) and [type(n) for n in span] == [int, int]
         if not pair or not 0 <= span[0] < span[1] <= len(text):
-            raise ValueError(f"got {json.dumps(span)[:40]} in errors, expected [start, end) with 0 <= start < end <= {len(text)}")
-    prompt, response = encode_prompt(tokenizer, raw["prompt"], raw=False, system=system), tokenizer.encode(text)
+            raise ValueError(f"got {json.dumps(span)[:40]} in errors, expected [start, end) with 0 "
+                             f"<= start < end <= {len(text)}")
+    ids, response = tokenizer.encode_prompt(prompt, system=system), tokenizer.encode(text)
     pieces, space = [tokenizer.token_bytes(i) for i in response], int(tokenizer.adds_space)
     if b"".join(pieces) != b" " * space + text.encode():
-        raise ValueError("got a response that its tokens spell otherwise, so spans have no place; leave it out")
-    if len(prompt) + len(response) > context:
-        raise ValueError(f"got {len(prompt)} + {len(response)} tokens, prompt and response, beyond the context of {context}")
-    return Answer(raw["prompt"], [*prompt, *response], len(prompt), token_labels(pieces, text, errors, negatives, -space))
+        raise ValueError("got a response that its tokens spell otherwise, so spans have no place; "
+                         "leave it out")
+    if len(ids) + len(response) > context:
+        raise ValueError(f"got {len(ids)} + {len(response)} tokens, prompt and response, beyond "
+                         f"the context of {context}")
+    labels = token_labels(pieces, text, errors, negatives, -space)
+    return Answer(prompt, [*ids, *response], len(ids), labels)
 
 
-def read_answers(path: str | Path, tokenizer: Tokenizer, *, context: int, negatives: str) -> list[Answer]:
-    """All answers of a file, the longest first. ValueError names the line."""
+def read_answers(path: str | Path, tokenizer: Tokenizer, *, context: int,
+                 negatives: str) -> list[Answer]:
+    """All answers of a file, the longest first (neighbours share a pass); ValueError by line."""
     answers = []
     for number, line in enumerate(Path(path).read_bytes().rstrip().splitlines(), 1):
         try:
             answers.append(encode_answer(line, tokenizer, context=context, negatives=negatives))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; expected JSON with prompt, response and errors (spans)") from None
-    return sorted(answers, key=lambda answer: -len(answer.ids))  # neighbours share a pass: little padding
+            raise ValueError(f"{path}, line {number}: {error}; expected JSON with prompt, response "
+                             "and errors (spans)") from None
+    return sorted(answers, key=lambda answer: -len(answer.ids))
 
 
 def split_questions(questions: set[str], *, share: float, seed: int) -> set[str]:
     """The questions whose answers, all of them, are for validation."""
     if len(questions) < 2:
-        raise ValueError(f"got {len(questions)} questions with answers, expected 2 or more: to train on some, validate on others")
-    return set(random.Random(seed).sample(sorted(questions), min(max(round(share * len(questions)), 1), len(questions) - 1)))
+        raise ValueError(f"got {len(questions)} questions with answers, expected 2 or more: to "
+                         "train on some, validate on others")
+    count = min(max(round(share * len(questions)), 1), len(questions) - 1)
+    return set(random.Random(seed).sample(sorted(questions), count))
 
 
 @torch.inference_mode()
 def hidden_states(model: Transformer, answers: list[Answer]) -> tuple[Tensor, Tensor]:
-    """hidden [R, D] of all response tokens in their order, and bool [R]: the exact greedy rule rejects the token."""
-    width = max(len(answer.ids) for answer in answers)  # padded on the right, where causal attention never looks
-    tokens = torch.tensor([answer.ids + [0] * (width - len(answer.ids)) for answer in answers], device=model.device)
+    """hidden [R, D] of all response tokens, and bool [R]: the exact greedy rule rejects it."""
+    width = max(len(answer.ids) for answer in answers)  # padded where causal attention never looks
+    tokens = torch.tensor([answer.ids + [0] * (width - len(answer.ids)) for answer in answers],
+                          device=model.device)
     parts = []
     for states, ids, answer in zip(model(tokens), tokens, answers):  # [S, D], [S]
         start, stop = answer.prompt_tokens, len(answer.ids)
@@ -137,41 +156,48 @@ def hidden_states(model: Transformer, answers: list[Answer]) -> tuple[Tensor, Te
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def load_features(answers: list[Answer], path: Path, *, cache: Path, device: torch.device, dtype: torch.dtype,
-                  shard: Whole = WHOLE) -> list[Tensor]:
-    """hidden [N, D] and rejected bool [N] of all labelled tokens, on the CPU; computes the shards that `cache` lacks.
+def load_features(answers: list[Answer], path: Path, *, cache: Path, device: torch.device,
+                  dtype: torch.dtype, shard: tp.Shard) -> list[Tensor]:
+    """hidden [N, D] and rejected bool [N] of all labelled tokens, on the CPU, through `cache`.
 
-    Over ranks (tp.Shard) all compute, and the first alone reads and writes the cache; the others get nothing.
+    Over ranks all compute, and the first alone reads and writes the cache; the others get nothing.
     """
-    stats = {name: file.path.stat() for name, file in Checkpoint(path).files.items()}
-    key = f"{FEATURE} {dtype} {[(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]}"
-    key += "".join(part.read_text("utf-8") for part in (path / "config.json", ROOT / "model.py", ROOT / "quantize.py"))
+    stats = [(name, file.path.stat()) for name, file in Checkpoint(path).files.items()]
+    key = f"{FEATURE} {dtype} {[(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]}"
+    key += "".join(part.read_text("utf-8") for part in (path / "config.json", *CODE))
     model, parts = None, []
-    for i in tqdm(range(0, len(answers), SHARD_ANSWERS), desc="hidden states", unit=" shards", disable=shard.rank > 0):
+    for i in tqdm(range(0, len(answers), SHARD_ANSWERS), desc="hidden states", unit=" shards",
+                  disable=shard.rank > 0):
         some = answers[i:i + SHARD_ANSWERS]
         tokens = json.dumps([key, [(answer.prompt_tokens, answer.ids) for answer in some]])
         file = cache / f"{hashlib.sha256(tokens.encode()).hexdigest()}.safetensors"
         if not shard.from_first(file.is_file()):
-            model = model or Transformer.from_checkpoint(path, device=device, dtype=dtype, shard=shard)
+            if model is None:
+                model = Transformer.from_checkpoint(path, device=device, dtype=dtype, shard=shard)
             hidden, rejected = hidden_states(model, some)
             if shard.rank == 0:
-                with written_aside(file) as aside:
+                with atomic_write(file) as aside:
                     save_file({"hidden": hidden, "rejected": rejected}, aside)
-        if shard.rank:
-            continue
-        labelled = torch.tensor([label != LEFT_OUT for answer in some for label in answer.labels])
-        parts.append([SafetensorsFile(file).read(name)[labelled] for name in ("hidden", "rejected")])
+        if shard.rank == 0:
+            kept = torch.tensor([label != LEFT_OUT for answer in some for label in answer.labels])
+            read = SafetensorsFile(file).read
+            parts.append([read(name)[kept] for name in ("hidden", "rejected")])
     return list(map(torch.cat, zip(*parts)))
 
 
-def fit(hidden: Tensor, labels: Tensor, train: Tensor, validation: Tensor, *, lr: float, weight_decay: float, batch_size: int,
-        epochs: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, int, float]:
-    """Train on rows `train` of hidden [N, D] and labels [N]; weight and bias for raw hidden states, best epoch and its loss."""
+def fit(hidden: Tensor, labels: Tensor, train: Tensor, validation: Tensor, *, lr: float,
+        weight_decay: float, batch_size: int, epochs: int, seed: int,
+        device: torch.device) -> tuple[Tensor, Tensor, int, float]:
+    """Train on rows `train` of hidden [N, D], labels [N]; ValueError if the loss diverges.
+
+    Returns weight float32 [1, D] and bias [1] for raw hidden states, best epoch and its loss.
+    """
     x, y = hidden.to(device, torch.float32, copy=True), labels.to(device, torch.float32)
     std, mean = torch.std_mean(x[train], 0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # a dimension that never changes stays 0
     x.sub_(mean).div_(std)
-    class_weight = (len(train) / (2 * labels[train].bincount(minlength=2)))[labels].to(device)  # [N], mean 1 over train
+    counts = labels[train].bincount(minlength=2)
+    class_weight = (len(train) / (2 * counts))[labels].to(device)  # [N], mean 1 over train
     weight, bias = (torch.zeros(n, device=device, requires_grad=True) for n in (x.shape[1], 1))
     optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=weight_decay)
     generator, best = torch.Generator().manual_seed(seed), (None, None, 0, math.inf)
@@ -180,42 +206,52 @@ def fit(hidden: Tensor, labels: Tensor, train: Tensor, validation: Tensor, *, lr
             optimizer.zero_grad()
             cross_entropy(x[rows] @ weight + bias, y[rows], class_weight[rows]).backward()
             optimizer.step()
-        loss = cross_entropy(x[validation] @ weight.detach() + bias.detach(), y[validation], class_weight[validation]).item()
+        loss = cross_entropy(x[validation] @ weight.detach() + bias.detach(), y[validation],
+                             class_weight[validation]).item()
         bar.set_postfix(validation_loss=f"{loss:.4f}")
         if not math.isfinite(loss):
-            raise ValueError(f"got validation loss {loss} with --lr {lr}, expected a number; lower it, or try another --dtype")
+            raise ValueError(f"got validation loss {loss} with --lr {lr}, expected a number; lower "
+                             "it, or try another --dtype")
         if loss < best[3] * (1 - 1e-4):
             raw = weight.detach().double() / std
-            best = raw.float()[None].cpu(), (bias.detach() - raw @ mean.double()).float().cpu(), epoch, loss
+            shift = (bias.detach() - raw @ mean.double()).float().cpu()
+            best = raw.float()[None].cpu(), shift, epoch, loss
         elif epoch - best[2] >= PATIENCE:
             break
     return best
 
 
 def evaluate(scores: Tensor, labels: Tensor, thresholds: list[float]) -> dict:
-    """Counts, ROC-AUC and the share of scores above each threshold, in float32 as in the engine; None for no tokens."""
-    curve = {"thresholds": thresholds, "roc_auc": float(roc_auc_score(labels, scores)) if len(labels.unique()) == 2 else None}
+    """Counts, ROC-AUC and shares of scores above each threshold (float32); None for no tokens."""
+    auc = float(roc_auc_score(labels, scores)) if len(labels.unique()) == 2 else None
+    curve = {"thresholds": thresholds, "roc_auc": auc}
     for kind, label in (("correct", CORRECT), ("wrong", WRONG)):
         found = scores[labels == label].sort().values
-        share = (len(found) - torch.searchsorted(found, torch.tensor(thresholds), right=True)).double() / max(len(found), 1)
-        curve |= {kind: len(found), f"kept_{kind}": share.tolist() if len(found) else [None] * len(thresholds)}
+        below = torch.searchsorted(found, torch.tensor(thresholds), right=True)
+        shares = ((len(found) - below).double() / max(len(found), 1)).tolist()
+        curve |= {kind: len(found), f"kept_{kind}": shares if len(found) else [None] * len(shares)}
     return curve
 
 
 def choose_threshold(curve: dict, max_kept_wrong: float) -> float:
-    """The lowest threshold from 0.5 on that keeps at most this share of mistakes; 0.5 if there are none."""
-    return next(t for t, share in zip(curve["thresholds"], curve["kept_wrong"]) if t >= 0.5 and (share or 0) <= max_kept_wrong)
+    """The lowest threshold from 0.5 on that keeps at most this share of mistakes; 0.5 for none."""
+    return next(t for t, share in zip(curve["thresholds"], curve["kept_wrong"])
+                if t >= 0.5 and (share or 0) <= max_kept_wrong)
 
 
 def table(curves: dict[str, dict], threshold: float) -> str:
-    """What each population is, then the shares kept at the thresholds SHOWN and at the chosen one, which is marked."""
-    lines = [f"{name}: {POPULATIONS[name]}, {curve['correct']} correct and {curve['wrong']} wrong, ROC-AUC "
-             + ("undefined" if curve["roc_auc"] is None else f"{curve['roc_auc']:.4f}") for name, curve in curves.items()]
-    lines.append("threshold " + "".join(f"{name + ' ' + kind:>18}" for name in curves for kind in ("correct", "wrong")))
+    """What each population is, then shares kept at the thresholds SHOWN and the chosen one (*)."""
+    lines = []
+    for name, curve in curves.items():
+        auc = "undefined" if curve["roc_auc"] is None else f"{curve['roc_auc']:.4f}"
+        lines.append(f"{name}: {POPULATIONS[name]}, {curve['correct']} correct and "
+                     f"{curve['wrong']} wrong, ROC-AUC {auc}")
+    titles = (f"{name} {kind}" for name in curves for kind in ("correct", "wrong"))
+    lines.append("threshold " + "".join(f"{title:>18}" for title in titles))
     shares = [curve[kind] for curve in curves.values() for kind in ("kept_correct", "kept_wrong")]
     for t, *row in zip(curves["all"]["thresholds"], *shares):
         if t in SHOWN or t == threshold:
-            cells = "".join("-".rjust(18) if share is None else f"{share:18.2%}" for share in row)
+            cells = "".join(f"{'-':>18}" if share is None else f"{share:18.2%}" for share in row)
             lines.append(f"{t:<9g}{'*' if t == threshold else ' '}{cells}")
     return "\n".join(lines)
 
@@ -224,96 +260,121 @@ def plot(path: Path, curves: dict[str, dict], threshold: float) -> None:
     """Share kept against the threshold, a panel for each population, as PNG."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (name, curve) in zip(figure.subplots(1, 2, sharey=True), curves.items()):
-        for kind, colour in (("correct", "tab:blue"), ("wrong", "tab:orange")):
-            axes.plot(curve["thresholds"], curve[f"kept_{kind}"], color=colour, label=f"{curve[kind]:,} {kind}")
+        for kind in ("correct", "wrong"):  # blue, orange
+            label = f"{curve[kind]:,} {kind}"
+            axes.plot(curve["thresholds"], curve[f"kept_{kind}"], label=label)
         axes.axvline(threshold, color="black", linestyle=":", label=f"chosen: {threshold:g}")
-        axes.set(title=POPULATIONS[name], xlabel="threshold", ylabel="share kept", xlim=(0, 1), ylim=(-0.01, 1.02))
+        axes.set(title=POPULATIONS[name], xlabel="threshold", ylabel="share kept", xlim=(0, 1),
+                 ylim=(-0.01, 1.02))
         axes.legend()
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         figure.savefig(aside, format="png", dpi=150)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint_path", required=True, metavar="DIR", help="target: a Hugging Face directory")
     add("--data", required=True, metavar="FILE", help="labelled answers, JSON lines")
-    add("--output", metavar="FILE", help="the head (default: judge.safetensors in the target's directory)")
-    add("--negatives", choices=("mistake", "onward"), default="mistake", help="default: %(default)s")
-    add("--threshold", type=float, metavar="δ", help="store this one, 0..1, instead of choosing it")
-    add("--max_kept_wrong", type=float, default=0.1, metavar="SHARE", help="of mistakes, at most (default: %(default)s)")
+    add("--output", metavar="FILE", help="the head (default: judge.safetensors beside the target)")
+    add("--negatives", choices=("mistake", "onward"), default="mistake",
+        help="what counts as wrong, see above (default: %(default)s)")
+    add("--threshold", type=float, metavar="δ", help="store this, 0..1, instead of choosing it")
+    add("--max_kept_wrong", type=float, default=0.1, help="share, at most (default: %(default)s)")
     add("--lr", type=float, default=1e-4, help="learning rate (default: %(default)s)")
     add("--weight_decay", type=float, default=0.1, help="of AdamW (default: %(default)s)")
-    add("--batch_size", type=int, default=128, metavar="N", help="tokens a step (default: %(default)s)")
-    add("--epochs", type=int, default=100, metavar="N", help="at most; stops early (default: %(default)s)")
-    add("--validation", type=float, default=0.2, metavar="SHARE", help="of the questions (default: %(default)s)")
-    add("--cache", default=str(ROOT / "build" / "head-cache"), metavar="DIR", help="hidden states (default: %(default)s)")
+    add("--batch_size", type=int, default=128, help="tokens a step (default: %(default)s)")
+    add("--epochs", type=int, default=100, help="at most; stops early (default: %(default)s)")
+    add("--validation", type=float, default=0.2, help="share of questions (default: %(default)s)")
+    add("--cache", default=str(ROOT / "build" / "head-cache"), metavar="DIR",
+        help="hidden states (default: %(default)s)")
     add("--plot", metavar="FILE.png", help="the curves (default: beside the head)")
     add("--json", metavar="FILE", help="settings, loss, ROC-AUC and curves")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, help="default: as generate.py runs the target")
-    add("--seed", type=int, default=0, help="of the split and of the order in training (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of split and training order (default: %(default)s)")
     return parser.parse_args(argv)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for options out of range, FileNotFoundError for places that cannot be written."""
+    if MISSING:
+        raise ValueError(f"got no {MISSING}, expected it; pip install -r requirements-train.txt")
+    for name, low, high in (("lr", 1e-12, 1e3), ("weight_decay", 0, 1e3), ("batch_size", 1, 1e9),
+                            ("epochs", 1, 1e9), ("validation", 1e-9, 1 - 1e-9),
+                            ("max_kept_wrong", 0, 1), ("threshold", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"got --{name} {value}, expected a number from {low:g} to {high:g}")
+    args.output = Path(args.output or Path(args.checkpoint_path) / "judge.safetensors")
+    args.plot = Path(args.plot or args.output.with_suffix(".png"))
+    for path in (args.output, args.plot, args.json):
+        check_writable(path)
+
+
+def split_labels(answers: list[Answer], args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels [N], and which train and which validate; ValueError where one kind is missing."""
+    questions = {answer.question for answer in answers}
+    held = split_questions(questions, share=args.validation, seed=args.seed)
+    pairs = [(label, answer.question in held) for answer in answers for label in answer.labels
+             if label != LEFT_OUT]
+    labels, held_out = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
+    train, validation = ((held_out == side).nonzero()[:, 0] for side in (0, 1))
+    for name, rows in (("training", train), ("validation", validation)):
+        wrong, right = labels[rows].bincount(minlength=2).tolist()
+        if not (wrong and right):
+            raise ValueError(f"{args.data}: got {right} correct and {wrong} mistaken tokens in "
+                             f"{name}, expected some of both; give more answers, with errors and "
+                             "without, or another --seed")
+    return labels, train, validation
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the command line; ValueError and OSError are a user's mistakes."""
-    if MISSING:
-        raise ValueError(f"got no {MISSING}, which training needs; pip install -r requirements-train.txt")
-    for name, low, high in (("lr", 1e-12, 1e3), ("weight_decay", 0, 1e3), ("batch_size", 1, 1e9), ("epochs", 1, 1e9),
-                            ("validation", 1e-9, 1 - 1e-9), ("max_kept_wrong", 0, 1), ("threshold", 0, 1)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"got --{name} {value}, expected a number from {low:g} to {high:g}")
-    checkpoint = Path(args.checkpoint_path)
-    config, tokenizer = ModelConfig.from_checkpoint(checkpoint), Tokenizer.from_checkpoint(checkpoint)
+    check_options(args)
+    path = Path(args.checkpoint_path)
+    config, tokenizer = ModelConfig.from_checkpoint(path), Tokenizer.from_checkpoint(path)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{checkpoint}: got {tokenizer.vocab_size} tokens for a model of {config.vocab_size}; download it again")
-    output = Path(args.output or checkpoint / "judge.safetensors")
-    picture = Path(args.plot or output.with_suffix(".png"))
-    for path in (output, picture, args.json):
-        check_writable(path)
+        raise ValueError(f"{path}: got {tokenizer.vocab_size} tokens, expected at most the model's "
+                         f"{config.vocab_size}; download it again")
+    device = tp.pick_device(args.device)
+    dtype = tp.pick_dtype(args.dtype, config, device)
+    tp.check_world(config, tp.world_size(), str(path))
+    answers = read_answers(args.data, tokenizer, context=config.max_position_embeddings,
+                           negatives=args.negatives)
+    labels, train, validation = split_labels(answers, args)
     Path(args.cache).mkdir(parents=True, exist_ok=True)
-    ranks = tp.under_torchrun()
-    dtype = pick_dtype(args.dtype, config, device := tp.rank_device(args.device) if ranks else pick_device(args.device))
-    if ranks:
-        tp.check_world(config, int(os.environ["WORLD_SIZE"]), str(checkpoint))
-    answers = read_answers(args.data, tokenizer, context=config.max_position_embeddings, negatives=args.negatives)
-    held = split_questions({answer.question for answer in answers}, share=args.validation, seed=args.seed)
-    rows = [(label, answer.question in held) for answer in answers for label in answer.labels if label != LEFT_OUT]
-    labels, held_out = torch.tensor(rows, dtype=torch.int64).view(-1, 2).T.contiguous()
-    train, validation = (held_out == 0).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    for name, part in (("training", labels[train]), ("validation", labels[validation])):
-        if len(part.unique()) < 2:
-            raise ValueError(f"{args.data}: got {(part == CORRECT).sum()} correct and {(part == WRONG).sum()} mistaken tokens in "
-                             f"{name}, expected some of both; give more answers, with errors and without, or another --seed")
-    shard = tp.start(device) if ranks else WHOLE
-    features = load_features(answers, checkpoint, cache=Path(args.cache), device=device, dtype=dtype, shard=shard)
+    shard = tp.start(device)
+    parts = load_features(answers, path, cache=Path(args.cache), device=device, dtype=dtype,
+                          shard=shard)
     tp.stop()
     if shard.rank:
         return  # the head is one rank's work
-    hidden, rejected = features
-    weight, bias, epoch, loss = fit(hidden, labels, train, validation, lr=args.lr, weight_decay=args.weight_decay, seed=args.seed,
-                                    batch_size=args.batch_size, epochs=args.epochs, device=device)
-    scores, seen, among = torch.sigmoid(hidden[validation].float() @ weight[0] + bias), labels[validation], rejected[validation]
-    thresholds = sorted({*GRID, args.threshold or 0.0})
-    curves = {"all": evaluate(scores, seen, thresholds), "rejected": evaluate(scores[among], seen[among], thresholds)}
-    threshold = choose_threshold(curves["rejected"], args.max_kept_wrong) if args.threshold is None else args.threshold
-    plot(picture, curves, threshold)
-    data = f"{Path(args.data).name}: {len(answers)} answers, {len(labels)} labelled tokens, negatives: {args.negatives}"
-    metadata = {"target": checkpoint.resolve().name, "data": data, "threshold": str(threshold)}
-    JudgeHead(weight, bias, metadata).save(output)
-    report = vars(args) | metadata | {"threshold": threshold, "epoch": epoch, "validation_loss": loss, **curves}
+    hidden, rejected = parts
+    names = ("lr", "weight_decay", "batch_size", "epochs", "seed")
+    options = {name: getattr(args, name) for name in names}
+    weight, bias, epoch, loss = fit(hidden, labels, train, validation, device=device, **options)
+    scores, seen = torch.sigmoid(hidden[validation].float() @ weight[0] + bias), labels[validation]
+    among, thresholds = rejected[validation], sorted({*GRID, args.threshold or 0.0})
+    curves = {"all": evaluate(scores, seen, thresholds),
+              "rejected": evaluate(scores[among], seen[among], thresholds)}
+    threshold = args.threshold
+    if threshold is None:
+        threshold = choose_threshold(curves["rejected"], args.max_kept_wrong)
+    plot(args.plot, curves, threshold)
+    data = (f"{Path(args.data).name}: {len(answers)} answers, {len(labels)} labelled tokens, "
+            f"negatives: {args.negatives}")
+    metadata = {"target": path.resolve().name, "data": data, "threshold": str(threshold)}
+    JudgeHead(weight, bias, metadata).save(args.output)
     if args.json:
-        with written_aside(args.json) as aside:
-            aside.write_text(json.dumps(report) + "\n")
+        report = vars(args) | metadata | {"threshold": threshold, "epoch": epoch,
+                                          "validation_loss": loss, **curves}
+        with atomic_write(args.json) as aside:
+            aside.write_text(json.dumps(report, default=str) + "\n")
     print(f"{data}\nvalidation loss {loss:.4f} after epoch {epoch}\n{table(curves, threshold)}")
-    print(f"wrote {output} (threshold {threshold:g}) and {picture}")
+    print(f"wrote {args.output} (threshold {threshold:g}) and {args.plot}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        say(f"train_head.py: {error}")
-        sys.exit(2)
+    run_main(lambda: main(parse_args()), "train_head.py")

@@ -7,7 +7,7 @@ the assembly. It needs a process without TRITON_INTERPRET.
 
     python scripts/aot.py --target sm_90                      # judge.py, every variant; one JSON line a kernel
     python scripts/aot.py --module quantize                   # the int8 layer, every set of block sizes
-    python scripts/aot.py --module model                      # attention over the cache
+    python scripts/aot.py --module attention                  # attention over the cache
 """
 
 import argparse
@@ -114,16 +114,19 @@ def judge_launches(K: int, V: int, D: int) -> dict[str, tuple]:
     for name, dtype in DTYPES.items():
         for rule, top_k in (("greedy", None), ("sampled", None), ("top_k", 50)):
             for with_head in (False, True):
-                def run(dtype=dtype, rule=rule, top_k=top_k, with_head=with_head):
+                kept = judge.Judge(head) if with_head else judge.Exact()
+
+                def run(dtype=dtype, rule=rule, top_k=top_k, kept=kept):
                     f = {"dtype": torch.float32, "device": "meta"}
                     sampling = {} if rule == "greedy" else {
                         "temperature": torch.empty((), **f), "top_k": top_k, "draft_probs": torch.empty(K, V, **f),
                         "uniforms": torch.empty(K, **f), "exponentials": torch.empty(V, **f)}
-                    judge.accept(torch.empty(K + 1, D, dtype=dtype, device="meta"),
-                                 torch.empty(K + 1, V, dtype=dtype, device="meta"),
-                                 torch.empty(K, dtype=torch.int64, device="meta"), head=head if with_head else None,
-                                 threshold=torch.empty((), **f), stop_tokens=torch.empty(3, dtype=torch.int64, device="meta"),
-                                 impl="triton", **sampling)
+                    judge.accept_triton(
+                        torch.empty(K + 1, D, dtype=dtype, device="meta"),
+                        torch.empty(K + 1, V, dtype=dtype, device="meta"),
+                        torch.empty(K, dtype=torch.int64, device="meta"), rule=kept,
+                        threshold=torch.empty((), **f),
+                        stop_tokens=torch.empty(3, dtype=torch.int64, device="meta"), **sampling)
                 for kernel, grid, args, options in record(judge, run):
                     types = "-".join(TYPES[a.dtype] if isinstance(a, torch.Tensor) else str(a) for a in args)
                     key = (kernel.__name__, types, str(sorted(options.items())))
@@ -154,11 +157,11 @@ def quantize_launches(target: str) -> dict[str, tuple]:
     return {launch[0]: launch[1:] for launch in launches.values()}
 
 
-def model_launches() -> dict[str, tuple]:
-    """Every distinct launch of model.py by name: dtype x head_dim x rows of a draft, a verification and a prefill."""
-    import model
+def attention_launches() -> dict[str, tuple]:
+    """Every distinct launch of attention.py by name: dtype x head_dim x rows of a draft, a verification and a prefill."""
+    import attention
 
-    model.INTERPRETED = True  # meta tensors pass as the interpreter's would
+    attention.INTERPRETED = True  # meta tensors pass as the interpreter's would
     launches = {}
     for name, dtype in DTYPES.items():
         for head_dim in (64, 128):
@@ -166,9 +169,10 @@ def model_launches() -> dict[str, tuple]:
                 def run(dtype=dtype, head_dim=head_dim, S=S, G=G):
                     q, cache = (torch.empty(1, heads, rows, head_dim, dtype=dtype, device="meta")
                                 for heads, rows in ((8 * G, S), (8, 4096)))
-                    model.attend_triton(q, cache, cache, torch.empty(S, dtype=torch.int64, device="meta"),
-                                        torch.empty(model.MAX_TILES, dtype=torch.int32, device="meta"))
-                for kernel, grid, args, options in record(model, run):
+                    attention.attend_triton(
+                        q, cache, cache, torch.empty(S, dtype=torch.int64, device="meta"),
+                        torch.empty(attention.MAX_TILES, dtype=torch.int32, device="meta"))
+                for kernel, grid, args, options in record(attention, run):
                     options = options | {"UPCAST": False}
                     key = (name, str(sorted(options.items())), S == 1)
                     launches.setdefault(key, (f"{kernel.__name__} {name} {S} x {G} x {head_dim}", kernel, grid, args, options))
@@ -177,7 +181,8 @@ def model_launches() -> dict[str, tuple]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--module", choices=("judge", "quantize", "model"), default="judge", help="default: %(default)s")
+    parser.add_argument("--module", choices=("judge", "quantize", "attention"), default="judge",
+                        help="default: %(default)s")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to build for")
     parser.add_argument("--speculate_k", type=int, default=25, help="draft length K")
     parser.add_argument("--vocab_size", type=int, default=128256, help="V")
@@ -189,8 +194,12 @@ def main(args: argparse.Namespace) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, but the interpreter compiles nothing; unset it")
     for target in args.target:
-        launches = quantize_launches(target) if args.module == "quantize" else model_launches() if args.module == "model" else (
-            judge_launches(args.speculate_k, args.vocab_size, args.hidden_size))
+        if args.module == "quantize":
+            launches = quantize_launches(target)
+        elif args.module == "attention":
+            launches = attention_launches()
+        else:
+            launches = judge_launches(args.speculate_k, args.vocab_size, args.hidden_size)
         for name, (kernel, grid, values, options) in launches.items():
             usage = build(kernel, values, options, target)
             print(json.dumps({"kernel": name, "target": target, "grid": grid, **usage}), flush=True)

@@ -2,8 +2,9 @@
 
 Ways take turns prompt by prompt in one run, after a warm-up: `draft` and `target` alone, the `exact` rule and the `judge`, and
 transformers' generate (`hf_generate`) and its assisted generation (`hf_assisted`), greedy, in the same dtype and threads, from
-the same prompt ids to the same stop tokens. Each way that drafts runs at its own best K, chosen first on other prompts.
-Seconds are prefill and decode, from ids to the last token, without compilation.
+the same prompt ids to the same stop tokens. `--rule NAME` adds one more rule of judge.RULES. Each way that
+drafts runs at its own best K, chosen first on other prompts; a best K at the edge of its grid is said, as a better one may lie
+beyond. Seconds are prefill and decode, from ids to the last token, without compilation.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ import torch
 from tqdm import tqdm
 
 import generate
-from generate import DEMO, Engine, Setup, encode_prompt
+import terminal
+from checkpoint import ModelConfig
+from generate import SPECULATE_K, Engine, Request
+from judge import MAX_K, Judge, Rule, make_rule
 from model import Transformer
 from scripts import demo_pair
 from scripts.bench_tools import finish, machine, quartiles, start
+from terminal import DEMO, Setup
 
 WAYS = ("draft", "target", "exact", "judge", "hf_generate", "hf_assisted")
-AUTO_WAYS = ("exact_auto", "judge_auto")  # with --speculate_k auto, beside the same rule at its own best K
-TUNE_K = {"exact": (3, 5, 8), "judge": (12, 16, 20, 24), "hf_assisted": (2, 3, 5, 8)}  # the ways that draft
+TUNE_K = {"exact": (1, 2, 3, 4, 5, 8), "judge": (12, 16, 20, 24, 32, 40),
+          "hf_assisted": (1, 2, 3, 5, 8)}  # the ways that draft; another rule is tuned as exact is
 MAX_NEW_TOKENS = demo_pair.MAX_NEW_TOKENS
 MARGIN = 1e-4  # top logits closer than this may swap places in float32 for rounding alone
 
@@ -134,44 +139,40 @@ class Streamer:
 class Contest:
     """The pair, loaded once for gavel and once for transformers, and every way to answer with it."""
 
-    def __init__(self, setup: Setup, *, threshold: float | None, max_seq_length: int, max_new_tokens: int, max_k: int,
-                 hf: bool):
-        self.setup, self.max_new_tokens, self.tokenizer = setup, max_new_tokens, setup.tokenizer
+    def __init__(self, setup: Setup, rules: dict[str, Rule], *, max_seq_length: int,
+                 max_new_tokens: int, max_k: int, hf: bool):
+        self.setup, self.rules, self.max_new_tokens = setup, rules, max_new_tokens
+        self.tokenizer, self.max_k = setup.tokenizer, max_k
         self.target, self.draft = (Transformer.from_checkpoint(path, device=setup.device, dtype=setup.dtype)
                                    for path in (setup.target_path, setup.draft_path))
         self.options = {"max_seq_length": max_seq_length, "compile": setup.compile}
-        self.threshold, self.max_k = threshold, max_k
         self.engines: dict[tuple[bool, int], Engine] = {}
         for alone in (False, True):  # the largest K first: an engine that made longer caches would recompile the others
             self.engine(alone, max_k)
         self.stop_tokens = self.target.config.eos_token_ids
         self.hf = HuggingFace(setup, self.stop_tokens) if hf else None
 
-    def engine(self, alone: bool, speculate_k: int | str) -> Engine:
+    def engine(self, alone: bool, speculate_k: int) -> Engine:
         """The draft alone, or the pair: made when first asked for, one for each K."""
         if (alone, speculate_k) not in self.engines:
-            options = self.options | {"speculate_k": speculate_k}
-            if alone:
-                engine = Engine(self.draft, stop_tokens=self.target.config.eos_token_ids, **options)
-            else:
-                engine = Engine(self.target, self.draft, self.setup.judge, threshold=self.threshold, **options)
-            self.engines[alone, speculate_k] = engine
+            models = (self.draft,) if alone else (self.target, self.draft)
+            self.engines[alone, speculate_k] = Engine(
+                *models, speculate_k=speculate_k, stop_tokens=self.target.config.eos_token_ids,
+                **self.options)
         return self.engines[alone, speculate_k]
 
-    def pick(self, way: str, speculate_k: int | str | None) -> tuple[Engine, str]:
+    def pick(self, way: str, speculate_k: int | None) -> tuple[Engine, str | Rule]:
         """Engine and rule of one of gavel's ways; those that do not draft take an engine that is there."""
-        alone = way == "draft"
-        rule = {"draft": "none", "target": "none"}.get(way, way.removesuffix("_auto"))
-        return self.engine(alone, speculate_k or self.max_k), rule
+        return self.engine(way == "draft", speculate_k or self.max_k), self.rules.get(way, "none")
 
-    def warm_up(self, way: str, speculate_k: int | str | None, prompt: Prompt) -> None:
+    def warm_up(self, way: str, speculate_k: int | None, prompt: Prompt) -> None:
         """Compile what the way needs, and answer once."""
         if not way.startswith("hf_"):
             engine, rule = self.pick(way, speculate_k)
             engine.warmup(rules=(rule,))
         self.answer(way, speculate_k, prompt)
 
-    def answer(self, way: str, speculate_k: int | str | None, prompt: Prompt) -> dict:
+    def answer(self, way: str, speculate_k: int | None, prompt: Prompt) -> dict:
         """Answer greedily; what the rows need of it."""
         if way.startswith("hf_"):
             answer = self.hf.answer(prompt.ids, self.max_new_tokens, speculate_k)
@@ -190,7 +191,7 @@ class Contest:
         return answer | {"new_tokens": len(answer["tokens"]), "right": right}
 
 
-def interleave(contest: Contest, ways: list[tuple[str, int | str | None]], prompts: list[Prompt],
+def interleave(contest: Contest, ways: list[tuple[str, int | None]], prompts: list[Prompt],
                desc: str) -> dict[tuple, list[dict]]:
     """Every way answers every prompt; they take turns prompt by prompt, each time another one first."""
     for way in tqdm(ways, desc=f"{desc}: warm up", unit=" ways"):
@@ -212,8 +213,18 @@ def best_k(answers: dict[int, list[dict]]) -> int:
     return max(sorted(answers), key=lambda k: statistics.median(speeds(answers[k])))
 
 
-def choose_k(contest: Contest, candidates: dict[str, list[int]], prompts: list[Prompt]) -> tuple[dict[str, int], dict]:
-    """Each drafting way's own best K, and the tokens/s that it was chosen by; a single candidate is taken unmeasured."""
+def at_edge(best: int, ks: list[int]) -> bool:
+    """Whether a better K may lie beyond the grid."""
+    return best == max(ks) < MAX_K or best == min(ks) > 1
+
+
+def choose_k(contest: Contest, candidates: dict[str, list[int]],
+             prompts: list[Prompt]) -> tuple[dict[str, int], dict]:
+    """Each drafting way's own best K, and what it was chosen by: {"tokens_per_second" by K, "best",
+    "edge"}.
+
+    A single candidate is taken unmeasured.
+    """
     trials = [(way, k) for way, ks in candidates.items() if len(ks) > 1 for k in ks]
     answers = interleave(contest, trials, prompts, "choose K") if trials else {}
     chosen, tuning = {}, {}
@@ -221,7 +232,13 @@ def choose_k(contest: Contest, candidates: dict[str, list[int]], prompts: list[P
         runs = {k: answers[way, k] for k in ks if (way, k) in answers}
         chosen[way] = best_k(runs) if runs else ks[0]
         if runs:
-            tuning[way] = {str(k): statistics.median(speeds(run)) for k, run in runs.items()}
+            tuning[way] = {
+                "tokens_per_second": {str(k): statistics.median(speeds(run))
+                                      for k, run in runs.items()},
+                "best": chosen[way], "edge": at_edge(chosen[way], ks)}
+            if tuning[way]["edge"]:
+                print(f"{way}: the best K, {chosen[way]}, lies at the edge of {ks}; a better one "
+                      "may lie beyond it: widen --tune_k", file=sys.stderr)
     return chosen, tuning
 
 
@@ -261,58 +278,86 @@ def print_rows(rows: dict[str, dict]) -> None:
               f"{row['ratio_to_target']:10.2f}{cell(row['ratio_to_hf_generate'], '.2f', 7)}")
 
 
-def prepare(args: argparse.Namespace, ways: list[str], max_k: int) -> Setup:
-    """What generate.py checks before it reads a weight, for these models."""
-    if (args.checkpoint_path is None) != (args.draft_checkpoint_path is None):
-        raise ValueError("got one of --checkpoint_path and --draft_checkpoint_path; give both, or neither for the bundled pair")
+def prepare(args: argparse.Namespace, ways: list[str], max_k: int) -> tuple[Setup, dict[str, Rule]]:
+    """What generate.py checks before it reads a weight, for these models; and the rules by way."""
     options = generate.parse_args([])
     options.checkpoint_path = args.checkpoint_path or str(DEMO / "target")
     options.draft_checkpoint_path = args.draft_checkpoint_path or str(DEMO / "draft")
-    options.judge = (args.judge or "") if {"judge", "judge_auto"} & set(ways) else None
-    options.threshold = args.threshold
-    options.speculate_k, options.max_new_tokens, options.compile = max_k, args.max_new_tokens, args.compile
+    if "judge" in ways or args.judge is not None:
+        options.judge, options.threshold = args.judge or "", args.threshold
+    options.speculate_k, options.compile = max_k, args.compile
     options.device, options.dtype, options.json = args.device, args.dtype, args.json
-    setup = generate.prepare(options)
+    setup = Setup.from_args(options, Request(args.max_new_tokens))
+    rules = {"exact": make_rule("exact")}
+    if isinstance(setup.rule, Judge):
+        rules["judge"] = setup.rule
+    if args.rule:
+        rules[args.rule] = make_rule(args.rule, head=getattr(setup.rule, "head", None),
+                                     rule_args=terminal.parse_rule_args(args.rule_args))
+        rules[args.rule].check(ModelConfig.from_checkpoint(setup.target_path).hidden_size)
     if any(way.startswith("hf_") for way in ways):
-        for path in (setup.target_path, setup.draft_path):
-            if generate.ModelConfig.from_checkpoint(path).int8:
-                raise ValueError(f"{path} is int8, which transformers runs through other packages; use --no_hf")
-        try:
-            import transformers  # noqa: F401
-        except ImportError:
-            raise ValueError("transformers is not installed; pip install -r requirements-dev.txt, or use --no_hf") from None
-    return setup
+        check_transformers(setup)
+    return setup, rules
 
 
-def run_pair(args: argparse.Namespace) -> None:
+def check_transformers(setup: Setup) -> None:
+    """ValueError where transformers is not there or cannot run these models."""
+    for path in (setup.target_path, setup.draft_path):
+        if ModelConfig.from_checkpoint(path).int8:
+            raise ValueError(f"{path} is int8, which transformers runs through other packages; use "
+                             "--no_hf")
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise ValueError("transformers is not installed; pip install -r requirements-dev.txt, or "
+                         "use --no_hf") from None
+
+
+def check_args(args: argparse.Namespace) -> tuple[list[str], dict[str, list[int]]]:
+    """The ways to measure, and the K to choose among of those that draft; ValueError for what does
+    not fit."""
     ways = [way for way in args.ways if args.hf or not way.startswith("hf_")]
     if "target" not in ways:
         raise ValueError("got --ways without target, which the others are compared with; add it")
+    if args.rule in WAYS:
+        raise ValueError(f"got --rule {args.rule}, which is one of --ways; expected another rule")
+    if args.rule_args and not args.rule:
+        raise ValueError("got --rule_args without --rule; add --rule NAME")
     if args.num_prompts < 1 or args.tune_prompts < 1:
         raise ValueError("got --num_prompts or --tune_prompts below 1, expected 1 or more")
     if args.seed == demo_pair.VALIDATION_SEED:
-        raise ValueError(f"got --seed {args.seed}, the stream that K is chosen on; expected another one")
+        raise ValueError(f"got --seed {args.seed}, the stream that K is chosen on; expected "
+                         "another one")
+    if (args.checkpoint_path is None) != (args.draft_checkpoint_path is None):
+        raise ValueError("got one of --checkpoint_path and --draft_checkpoint_path; give both, or "
+                         "neither for the bundled pair")
+    grids = TUNE_K | ({args.rule: TUNE_K["exact"]} if args.rule else {})
+    ways += [args.rule] if args.rule else []
     fixed = {"exact": args.exact_k, "judge": args.speculate_k, "hf_assisted": args.assisted_k}
-    candidates = {way: [fixed[way]] if fixed[way] is not None else sorted(set(args.tune_k or TUNE_K[way]))
-                  for way in ways if way in TUNE_K}
-    ks = [k for way in candidates for k in candidates[way]] or [generate.SPECULATE_K]
-    if min(ks) < 1:
-        raise ValueError(f"got a K of {min(ks)}, expected 1 or more")
-    ks = [k for way in candidates if way != "hf_assisted" for k in candidates[way]]
-    max_k = max([*ks, *(generate.AUTO_K if set(ways) & set(AUTO_WAYS) else ())], default=generate.SPECULATE_K)
+    candidates = {way: [fixed[way]] if fixed.get(way) is not None
+                  else sorted(set(args.tune_k or grids[way])) for way in ways if way in grids}
+    smallest = min((k for ks in candidates.values() for k in ks), default=1)
+    if smallest < 1:
+        raise ValueError(f"got a K of {smallest}, expected 1 or more")
+    return ways, candidates
+
+
+def run_pair(args: argparse.Namespace) -> None:
+    ways, candidates = check_args(args)
+    own = [k for way, ks in candidates.items() if way != "hf_assisted" for k in ks]
+    max_k = max(own, default=SPECULATE_K)
     device = start(args)
-    setup = prepare(args, ways, max_k)
+    setup, rules = prepare(args, ways, max_k)
     tuned = args.tune_prompts if any(len(ks) > 1 for ks in candidates.values()) else 0
     print("reading prompts ...", file=sys.stderr)
     validation, prompts = get_prompts(
-        args, lambda text: encode_prompt(setup.tokenizer, text, raw=args.raw, system=None), tuned)
+        args, lambda text: setup.tokenizer.encode_prompt(text, raw=args.raw), tuned)
     longest = max(len(prompt.ids) for prompt in (*validation, *prompts))
-    max_new_tokens = generate.check_length(longest, args.max_new_tokens, setup.context)
-    contest = Contest(setup, threshold=args.threshold, max_new_tokens=max_new_tokens, max_k=max_k,
-                      hf=any(way.startswith("hf_") for way in ways),
-                      max_seq_length=min(setup.context, -(-(longest + max_new_tokens) // 128) * 128))
+    max_new_tokens = setup.request.room(longest, setup.context)
+    length = min(setup.context, -(-(longest + max_new_tokens) // 128) * 128)
+    contest = Contest(setup, rules, max_new_tokens=max_new_tokens, max_k=max_k,
+                      max_seq_length=length, hf=any(way.startswith("hf_") for way in ways))
     chosen, tuning = choose_k(contest, candidates, validation)
-    chosen |= {way: "auto" for way in ways if way in AUTO_WAYS}
     answers = interleave(contest, [(way, chosen.get(way)) for way in ways], prompts, "measure")
     rows = summarise({way: runs for (way, _), runs in answers.items()}, chosen)
     about = machine(device)
@@ -330,4 +375,5 @@ def run_pair(args: argparse.Namespace) -> None:
             "target": args.checkpoint_path or "bundled target", "draft": args.draft_checkpoint_path or "bundled draft",
             "prompts": args.prompts or f"held-out problems of seed {args.seed}", "num_prompts": len(prompts),
             "prompt_tokens": statistics.median(len(prompt.ids) for prompt in prompts), "max_new_tokens": max_new_tokens,
-            "threshold": contest.engine(False, max_k).threshold, "temperature": 0.0, "tuning": tuning, "rows": rows}, args.json)
+            "threshold": rules["judge"].threshold if "judge" in rules else None, "temperature": 0.0,
+            "rule_args": args.rule_args, "tuning": tuning, "rows": rows}, args.json)

@@ -2,16 +2,15 @@
 
 Models take the shapes of Llama-3.1-8B, 70B and one rank's share of 405B at eight ranks (whose collectives are left out, and
 every row says so), in bfloat16 or int8. Random drafts are never right, so the number of accepted draft tokens is forced: the
-acceptance rule runs as ever, then its count is replaced. Rows are named "forced A of K"; their tokens/s, (A+1) / round, hold
-for a judge that accepts so many. A round's ceiling is the time to read the draft's weights K times and the target's once, at the
-bandwidth measured first. Cold and warm start: seconds until the engine is compiled, by `bench.py start` in processes of
-their own that share an empty cache directory.
+judge's scores are computed as ever, then replaced (bench_tools.Forced; by torch, not by the fused kernel). Rows are named
+"forced A of K"; their tokens/s, (A+1) / round, hold for a judge that accepts so many. A round's ceiling is the time to read the
+draft's weights K times and the target's once, at the bandwidth measured first. Cold and warm start: seconds until the engine is
+compiled, by `bench.py start` in processes of their own that share an empty cache directory.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -31,13 +30,14 @@ from scripts.bench_tools import (
     COLLECTIVES,
     NOT_MEASURED,
     ROOT,
-    SIZES,
-    ForcedEngine,
+    Forced,
     Steps,
     bandwidth,
     cache_bytes,
-    empty_model,
+    draft_name,
     finish,
+    fits,
+    free_memory,
     machine,
     model_config,
     random_model,
@@ -49,15 +49,6 @@ from scripts.bench_tools import (
 
 GPU_MODELS = ("8B-bf16", "8B-int8", "70B-int8", "405B/8-int8")
 CPU_MODELS = ("demo-bf16",)
-SPARE_BYTES = 3 << 30  # caches, activations, the CUDA context
-
-
-def draft_name(target: str, size: str | None) -> str | None:
-    """The draft of a target: of `size`, in the target's kind and share; None for the smallest, which has none."""
-    whole, _, kind = target.rpartition("-")
-    base, _, ranks = whole.partition("/")
-    size = size or ("8B" if base in SIZES else "demo-draft")
-    return None if size == base else f"{size}{'/' if ranks else ''}{ranks}-{kind}"
 
 
 def random_head(hidden_size: int) -> JudgeHead:
@@ -89,14 +80,16 @@ def measure_model(target: Transformer, draft: Transformer | None, *, ks: list[in
     else:
         head = random_head(target.config.hidden_size)
         for k in sorted(ks, reverse=True):  # the largest first: caches are made once
-            engines[k] = ForcedEngine(target, draft, head, accepted=min(accepted, k), speculate_k=k, **options)
+            rule = Forced(min(accepted, k), head)
+            engines[k] = Engine(target, draft, rule=rule, speculate_k=k, **options)
     first = next(iter(engines.values()))
     timers = {"decode": engine_timer(first, "none", prompt, steps, 1)}
     first.warmup(rules=("none",))
     calls = Steps(prompt_tokens, target.max_seq_length, compile=compile)
     for k in tqdm(sorted(ks) if draft else [], desc="compile", unit=" K"):
         engines[k].warmup()
-        timers[f"round {k}"] = engine_timer(engines[k], "judge", prompt, rounds, min(accepted, k) + 1)
+        timers[f"round {k}"] = engine_timer(engines[k], Forced.name, prompt, rounds,
+                                            min(accepted, k) + 1)
         timers[f"verify {k}"] = calls.verify(target, k + 1)
     times = take_turns(timers, repeats)
 
@@ -140,24 +133,6 @@ def measure_starts(target: str, draft: str | None, args: argparse.Namespace) -> 
     return seconds
 
 
-def fits(names: list[str], device: torch.device) -> str | None:
-    """Why these models do not fit on the GPU, or None."""
-    if device.type == "cpu":
-        return None
-    needed = sum(p.nbytes for name in names for p in empty_model(name).parameters()) + SPARE_BYTES
-    there = torch.cuda.get_device_properties(device).total_memory
-    return f"needs {needed / 1e9:.0f} GB, this GPU has {there / 1e9:.0f}" if needed > there else None
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what the last models took; who calls holds no reference to them any more."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def print_models(models: list[dict]) -> None:
     print(f"\n{'model':<14}{'weights GB':>11}{'memory GB':>11}{'GB/s':>7}{'decode ms':>11}{'tokens/s':>10}"
           f"{'ceiling ms':>12}{'share':>7}{'cold s':>8}{'warm s':>8}")
@@ -198,10 +173,10 @@ def run_scale(args: argparse.Namespace) -> None:
     for name, draft in pairs:
         entry = {"model": name, "draft": draft, "collectives": COLLECTIVES if "/" in name else None}
         models.append(entry)
+        free_memory(device)
         if reason := fits([n for n in (name, draft) if n], device):
             entry["skipped"] = reason
             continue
-        free_memory(device)
         if args.starts:
             print(f"{name}: cold and warm start ...", file=sys.stderr)
             entry.update(measure_starts(name, draft, args))

@@ -9,8 +9,13 @@ verification rejects much that is right, while a grammar that knows every right 
     python scripts/demo_pair.py train --model draft   # resumes where it was stopped; so does the next
     python scripts/demo_pair.py train --model target
     python scripts/demo_pair.py head                  # the draft's answers, labelled, then train_head.py
+    python scripts/demo_pair.py sweep                 # thresholds, on validation problems
     python scripts/demo_pair.py evaluate --seed 1 --problems 2000 --json eval.json
     python scripts/demo_pair.py int8                  # what int8 weights change, over the same problems
+
+What is made lies in build/demo; the pair itself in build/demo/pair, which the last three take with
+--pair build/demo/pair: by default they read the bundled pair. Speed and the best K are measured by
+`bench.py pair`.
 
 Training uses Muon for the matrices (arXiv 2502.16982 for the scale of its update) and AdamW for embeddings and norms, in
 float32; the result is rounded to bfloat16 and written as a Hugging Face directory.
@@ -19,11 +24,11 @@ float32; the result is rounded to bfloat16 and written as a Hugging Face directo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -32,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,17 +53,33 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generate import DTYPES, Engine, can_compile, check_writable, pick_dtype, setup_compiler  # noqa: E402
-from judge import JudgeHead, written_aside  # noqa: E402
-from model import STACKED, ModelConfig, RopeScaling, Transformer, checkpoint_names  # noqa: E402
+from checkpoint import (  # noqa: E402
+    DTYPES,
+    STACKED,
+    ModelConfig,
+    RopeScaling,
+    atomic_write,
+    check_writable,
+    tensor_names,
+)
+from cpu import can_compile  # noqa: E402
+from generate import Engine, setup_compiler  # noqa: E402
+from judge import JudgeHead, Rule, Verified, make_rule  # noqa: E402
+from model import Transformer  # noqa: E402
 from quantize import quantize_checkpoint  # noqa: E402
+from scripts.bench_tools import machine  # noqa: E402
+from terminal import DEMO  # noqa: E402
 from tokenizer import LLAMA3_SPECIAL_TOKENS, LLAMA3_SPLIT, Tokenizer  # noqa: E402
+from tp import pick_dtype  # noqa: E402
 
 TRAIN_SEED, HEAD_SEED, VALIDATION_SEED = 0, 1_000_000, 2_000_000  # streams of problems; evaluate takes any other
 TRAIN_PROBLEMS, HEAD_PROBLEMS, VALIDATION_PROBLEMS = 60_000, 2_000, 500
 MISTAKES_PER_TEXT = 2
 MAX_NEW_TOKENS, MAX_SEQ_LENGTH = 160, 256
-RULES = ("draft", "target", "exact", "judge", "oracle", "token_identity")
+WAYS = ("draft", "target", "exact", "judge", "oracle", "token_identity")
+WORK = ROOT / "build" / "demo"
+# One thread each, compilers included; torch reads the first when a worker imports it.
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 MAX_TRAIN_TOKENS = 224
 BPE_ENTRIES = 608
 
@@ -345,11 +367,18 @@ def run_data(args: argparse.Namespace) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text)
 
 
 # ---- training
+
+def stacked_sizes(config: ModelConfig) -> dict[str, list[int]]:
+    """Rows of the matrices that one parameter of ours stacks."""
+    kv_rows = config.num_kv_heads * config.head_dim
+    return {"qkv_proj": [config.num_heads * config.head_dim, kv_rows, kv_rows],
+            "gate_up_proj": [config.intermediate_size] * 2}
+
 
 def orthogonalize(gradient: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest semi-orthogonal matrix, roughly (Newton-Schulz of Muon). torch.optim.Muon does it in bfloat16, which
@@ -380,9 +409,7 @@ class Trainer:
 
     def update(self, learning_rate: float) -> None:
         """One optimiser step: Muon for the layers' matrices, AdamW for the rest."""
-        split = {"qkv_proj": [self.model.config.num_heads * self.model.config.head_dim,
-                              *[self.model.config.num_kv_heads * self.model.config.head_dim] * 2],
-                 "gate_up_proj": [self.model.config.intermediate_size] * 2}
+        split = stacked_sizes(self.model.config)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.step += 1
         with torch.no_grad():
@@ -403,7 +430,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         tensors = {f"p.{name}": p.data for name, p in self.model.named_parameters()} | self.state
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             save_file(tensors, aside, metadata={"step": str(self.step), "recipe": self.recipe})
 
     def resume(self, path: Path) -> None:
@@ -416,8 +443,14 @@ class Trainer:
             self.state = {name: file.get_tensor(name) for name in self.state}
 
 
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def run_train(args: argparse.Namespace) -> None:
-    """Train one of the two models on its writer's texts and export it to --output."""
+    """Train one of the two models on its writer's texts and export it to --pair."""
+    set_threads(args.threads)
     plan = [(name, i, count, peak) for name, count, peak in RECIPES[args.model] for i in range(count)]  # one entry a step
     trainer = Trainer(MODELS[args.model], repr(RECIPES[args.model]), args.device)
     state = args.work / f"{args.model}-state.safetensors"
@@ -455,20 +488,19 @@ def run_train(args: argparse.Namespace) -> None:
             trainer.save(state)
             saved = time.monotonic()
     bar.close()
-    export(trainer.model, args.work, args.output / args.model)
-    print(f"wrote {args.output / args.model}")
+    export(trainer.model, args.work, args.pair / args.model)
+    print(f"wrote {args.pair / args.model}")
 
 
 def export(model: Transformer, work: Path, directory: Path) -> None:
     """Write a Hugging Face directory: bfloat16 weights under their usual names, config, tokenizer."""
     config, directory = model.config, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    sizes = {"qkv_proj": [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2],
-             "gate_up_proj": [config.intermediate_size] * 2}
+    sizes = stacked_sizes(config)
     weights = {}
     for name, p in model.named_parameters():
         parts = p.data.split(sizes[name.split(".")[-2]]) if name.split(".")[-2] in STACKED else [p.data]
-        for source, part in zip(checkpoint_names(name, config), parts, strict=True):
+        for source, part in zip(tensor_names(name, config), parts, strict=True):
             weights[source] = part.to("cpu", torch.bfloat16).contiguous()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     raw = json.loads((work / "tokenizer.json").read_text())
@@ -533,13 +565,15 @@ def proposals(draft: Transformer, tokenizer: Tokenizer, problem: Problem, writer
 
 def run_head(args: argparse.Namespace) -> None:
     """Write labelled answers, train the head with train_head.py, and count the mistakes per token for the control."""
-    torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    draft = Transformer.from_checkpoint(args.output / "draft", device=args.device, dtype=torch.float32)
-    tokenizer = Tokenizer.from_checkpoint(args.output / "target")
+    draft = Transformer.from_checkpoint(args.pair / "draft", device=args.device,
+                                        dtype=torch.float32)
+    tokenizer = Tokenizer.from_checkpoint(args.pair / "target")
     if args.problems > HEAD_PROBLEMS:
         raise ValueError(f"got --problems {args.problems}, expected at most {HEAD_PROBLEMS}: more are not kept from the held-out ones")
-    key = hashlib.sha256((args.output / "draft" / "model.safetensors").read_bytes() + str(args.problems).encode())
+    weights = (args.pair / "draft" / "model.safetensors").read_bytes()
+    key = hashlib.sha256(weights + str(args.problems).encode())
     answers = args.work / f"answers-{key.hexdigest()[:8]}.jsonl"
     if not answers.exists():
         problems = fresh_problems(HEAD_SEED, args.problems, exclude=training_prompts())
@@ -550,11 +584,13 @@ def run_head(args: argparse.Namespace) -> None:
         write_text(answers, "\n".join(lines) + "\n")
     entries = [json.loads(line) for line in answers.read_text().splitlines()]
     print(f"{len(entries)} answers to {args.problems} problems, {sum(bool(e['errors']) for e in entries)} of them with a mistake")
-    command = [sys.executable, str(ROOT / "train_head.py"), "--checkpoint_path", str(args.output / "target"), "--data", str(answers),
-               "--output", str(args.output / "judge.safetensors"), *args.rest]
+    command = [sys.executable, str(ROOT / "train_head.py"), "--checkpoint_path",
+               str(args.pair / "target"), "--data", str(answers), "--output",
+               str(args.pair / "judge.safetensors"), *args.rest]
     print(" ".join(command[1:]))
     subprocess.run(command, check=True)
-    write_text(args.output / "token_identity.json", json.dumps(token_identity(entries, tokenizer)) + "\n")
+    scores = json.dumps(token_identity(entries, tokenizer))
+    write_text(args.pair / "token_identity.json", scores + "\n")
 
 
 def token_identity(entries: list[dict], tokenizer: Tokenizer) -> list[float]:
@@ -571,8 +607,46 @@ def token_identity(entries: list[dict], tokenizer: Tokenizer) -> list[float]:
 
 # ---- evaluation
 
+class Oracle(Rule):
+    """Keeps what the grammar finds right: the best that a judge could do. It reads the tokens back,
+    and so runs on the host."""
+
+    name = "oracle"
+    on_host = True
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.problem: Problem | None = None
+        self.so_far: list[int] = []  # tokens of the answer that are committed; Bench keeps it
+
+    def score(self, seen: Verified) -> torch.Tensor:
+        """1 up to the first mistake of the text that the draft goes on with, 0 from there on."""
+        decoder, right = self.tokenizer.stream(skip_special=False), []
+        text = decoder.push(self.so_far)
+        for token in seen.drafted.tolist():
+            text += decoder.push([token])
+            right.append(self.problem.first_mistake(text) == len(text))
+        return torch.tensor(right, dtype=torch.float32).cumprod(0)
+
+
+class TokenIdentity(Rule):
+    """The control: a score that looks at nothing but the drafted token."""
+
+    name = "token_identity"
+
+    def __init__(self, scores: list[float], threshold: float):
+        self.scores, self.threshold = torch.tensor(scores), threshold
+
+    def to(self, device: torch.device) -> TokenIdentity:
+        self.scores = self.scores.to(device)
+        return self
+
+    def score(self, seen: Verified) -> torch.Tensor:
+        return self.scores[seen.drafted]
+
+
 class Way(NamedTuple):
-    """One way to answer: a rule of RULES, at a K, with the judge's or the control's threshold."""
+    """One way of WAYS to answer, at a K, with the judge's or the control's threshold."""
 
     rule: str
     speculate_k: int = 16
@@ -582,106 +656,91 @@ class Way(NamedTuple):
         return f"{self.rule}, K={self.speculate_k}" + (f", threshold {self.threshold:g}" if self.threshold is not None else "")
 
 
-class OverruledEngine(Engine):
-    """An engine whose judge is replaced by any function of the text so far and a proposed token: the oracle, the control."""
-
-    def keep(self, so_far: list[int], token: int) -> bool:
-        raise AssertionError("set by Bench.engine")
-
-    def generate(self, prompt_ids, **options):
-        self.so_far = []
-        for block in super().generate(prompt_ids, **options):
-            self.so_far += block.tokens
-            yield block
-
-    def _decide(self, hidden, logits, drafted, *, draft_probs, sampling):
-        decision = super()._decide(hidden, logits, drafted, draft_probs=draft_probs, sampling=sampling)
-        source, tokens, a = decision.source.tolist(), drafted.tolist(), 0
-        while a < len(tokens):
-            if not source[a]:
-                if tokens[a] in self.stop_tokens or not self.keep([*self.so_far, *tokens[:a]], tokens[a]):
-                    break
-                source[a] = 2
-            a += 1
-        return decision._replace(accept_len=torch.tensor(a), next_token=logits[a].argmax(),
-                                 source=torch.tensor(source, dtype=torch.int8))
-
-
 class Bench:
     """The pair, loaded once, and every way to answer with it: a rule, perhaps with a threshold, perhaps with its own K."""
 
     def __init__(self, pair: Path, *, dtype: torch.dtype, compile: bool, max_k: int):
         self.target, self.draft = (Transformer.from_checkpoint(pair / name, dtype=dtype) for name in ("target", "draft"))
         for model in (self.target, self.draft):  # once, for the largest K: an engine that made them anew would recompile the rest
-            model.setup_caches(1, MAX_SEQ_LENGTH + 2 * (max_k + 1))
+            model.setup_caches(1, MAX_SEQ_LENGTH + 2 * (max_k + 1) + 1)
         self.head = JudgeHead.load(pair / "judge.safetensors")
         self.tokenizer = Tokenizer.from_checkpoint(pair / "target")
         self.identity_scores = json.loads((pair / "token_identity.json").read_text())
+        self.oracle = Oracle(self.tokenizer)
         self.options = {"max_seq_length": MAX_SEQ_LENGTH, "tokenizer": self.tokenizer, "compile": compile}
-        self.engines: dict[tuple[str, int], Engine] = {}
-        self.problem: Problem | None = None
+        self.engines: dict[tuple[bool, int], Engine] = {}
+        self.rules: dict[Way, Rule] = {}
 
     def engine(self, way: Way) -> Engine:
-        """Engines are made when first asked for, one for each kind of rule and K."""
-        kind = way.rule if way.rule in ("draft", "oracle", "token_identity") else "engine"
-        if (kind, way.speculate_k) not in self.engines:
-            options = self.options | {"speculate_k": way.speculate_k}
-            if kind == "draft":
-                engine = Engine(self.draft, **options)
-            elif kind == "engine":
-                engine = Engine(self.target, self.draft, self.head, **options)
-            else:
-                engine = OverruledEngine(self.target, self.draft, **options)
-            self.engines[kind, way.speculate_k] = engine
-        engine = self.engines[kind, way.speculate_k]
-        if way.rule == "judge":
-            engine.threshold = self.head.threshold if way.threshold is None else way.threshold
-        elif way.rule == "oracle":
-            engine.keep = lambda so_far, token: self.right_so_far([*so_far, token])
-        elif way.rule == "token_identity":
-            engine.keep = lambda so_far, token: self.identity_scores[token] > way.threshold
-        return engine
+        """The draft alone, or the pair: made when first asked for, one for each K; it compiles what
+        is first run."""
+        alone, k = way.rule == "draft", way.speculate_k
+        if (alone, k) not in self.engines:
+            models = (self.draft,) if alone else (self.target, self.draft)
+            self.engines[alone, k] = Engine(*models, speculate_k=k, **self.options)
+        return self.engines[alone, k]
 
-    def right_so_far(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens)
-        return self.problem.first_mistake(text) == len(text)
+    def rule(self, way: Way) -> str | Rule:
+        """What `generate` takes; one object a way, as rules are compiled by object."""
+        if way.rule in ("draft", "target"):
+            return "none"
+        if way.rule == "oracle":
+            return self.oracle
+        if way not in self.rules:
+            self.rules[way] = (TokenIdentity(self.identity_scores, way.threshold)
+                               if way.rule == "token_identity" else
+                               make_rule(way.rule, head=self.head, threshold=way.threshold))
+        return self.rules[way]
 
     def answer(self, problem: Problem, way: Way) -> dict:
         """Answer one problem greedily; what the statistics need of it."""
-        self.problem, engine = problem, self.engine(way)
-        rule = {"draft": "none", "target": "none", "judge": "judge"}.get(way.rule, "exact")
-        ids = self.tokenizer.encode_chat([{"role": "user", "content": problem.prompt}])
-        for _ in engine.generate(ids, max_new_tokens=MAX_NEW_TOKENS, rule=rule):
-            pass
+        engine = self.engine(way)
+        ids = self.tokenizer.encode_prompt(problem.prompt)
+        self.oracle.problem, self.oracle.so_far = problem, []
+        for block in engine.generate(ids, max_new_tokens=MAX_NEW_TOKENS, rule=self.rule(way)):
+            self.oracle.so_far += block.tokens
         stats = engine.stats
         right = stats["finish_reason"] == "stop" and problem.is_right(stats["text"])
-        return {"right": right, "accepted": stats["accepted_exact"] + stats["accepted_judge"], "rounds": stats["rounds"],
-                "new_tokens": stats["new_tokens"], "seconds": stats["seconds"], "tokens": stats["tokens"]}
+        return {"right": right, "accepted": stats["accepted_exact"] + stats["accepted_judge"],
+                "rounds": stats["rounds"], "new_tokens": stats["new_tokens"],
+                "tokens": stats["tokens"]}
 
 
 _worker: list[Bench] = []  # one in each worker process, none elsewhere
 
 
-def start_bench(pair: Path, ways: tuple[Way, ...], *, dtype: torch.dtype, threads: int) -> Bench:
-    torch.set_num_threads(threads)
-    compile = can_compile(torch.device("cpu")) is None
+def _start_worker(pair: Path, ways: tuple[Way, ...], dtype: torch.dtype, compile: bool) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    compile = compile and can_compile(device) is None
     if compile:
-        setup_compiler(torch.device("cpu"))
-    return Bench(pair, dtype=dtype, compile=compile, max_k=max(way.speculate_k for way in ways))
-
-
-def _start_worker(pair: Path, ways: tuple[Way, ...], dtype: torch.dtype) -> None:
-    _worker.append(start_bench(pair, ways, dtype=dtype, threads=1))
+        setup_compiler(device)
+    max_k = max(way.speculate_k for way in ways)
+    _worker.append(Bench(pair, dtype=dtype, compile=compile, max_k=max_k))
 
 
 def _answer_all(problem: Problem, ways: tuple[Way, ...]) -> list[dict]:
     return [_worker[0].answer(problem, way) for way in ways]
 
 
-def answer_problems(pair: Path, problems: list[Problem], ways: tuple[Way, ...], *, dtype: torch.dtype, workers: int) -> dict[Way, list[dict]]:
+@contextlib.contextmanager
+def worker_environment():
+    """What processes that are started within see of the environment."""
+    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
+    os.environ.update(WORKER_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def answer_problems(pair: Path, problems: list[Problem], ways: tuple[Way, ...], *,
+                    dtype: torch.dtype, workers: int, compile: bool) -> dict[Way, list[dict]]:
     """Answer every problem in every way, one thread a worker; per way a list in the order of the problems."""
-    context = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(pair, ways, dtype)) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=torch.multiprocessing.get_context("spawn"),
+                               initializer=_start_worker, initargs=(pair, ways, dtype, compile))
+    with worker_environment(), pool:
         results = list(tqdm(pool.map(_answer_all, problems, [ways] * len(problems), chunksize=4), total=len(problems),
                             desc=f"answer in {len(ways)} ways", unit=" problems", smoothing=0.05))
     return {way: [result[i] for result in results] for i, way in enumerate(ways)}
@@ -692,7 +751,8 @@ def summary(answers: list[dict]) -> dict:
     rounds = sum(a["rounds"] for a in answers)
     return {"accuracy": statistics.mean(a["right"] for a in answers),
             "accepted_per_round": sum(a["accepted"] for a in answers) / rounds,
-            "tokens_per_round": sum(a["new_tokens"] - 1 for a in answers) / rounds}
+            "tokens_per_round": sum(a["new_tokens"] - 1 for a in answers) / rounds,
+            "mean_new_tokens": statistics.mean(a["new_tokens"] for a in answers)}
 
 
 def paired_difference(ours: list[dict], theirs: list[dict]) -> dict:
@@ -701,25 +761,6 @@ def paired_difference(ours: list[dict], theirs: list[dict]) -> dict:
     mean = statistics.mean(differences)
     half = statistics.NormalDist().inv_cdf(0.975) * statistics.stdev(differences) / len(differences) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def measure_speed(pair: Path, problems: list[Problem], ways: tuple[Way, ...], *, dtype: torch.dtype, threads: int) -> dict[Way, dict]:
-    """Wall-clock speed of each way on the same problems, compiled, taking turns problem by problem."""
-    bench = start_bench(pair, ways, dtype=dtype, threads=threads)
-    for way in tqdm(ways, desc="compile", unit=" ways"):
-        for problem in problems[:2]:
-            bench.answer(problem, way)
-    answers: dict[Way, list[dict]] = {way: [] for way in ways}
-    for index, problem in enumerate(tqdm(problems, desc="measure speed", unit=" problems")):
-        for shift in range(len(ways)):
-            way = ways[(index + shift) % len(ways)]
-            answers[way].append(bench.answer(problem, way))
-    speed = {}
-    for way, runs in answers.items():
-        low, median, high = statistics.quantiles((1000 * a["seconds"] / a["new_tokens"] for a in runs), n=4)
-        speed[way] = {"tokens_per_second": sum(a["new_tokens"] for a in runs) / sum(a["seconds"] for a in runs),
-                      "ms_per_token": median, "ms_per_token_quartiles": [low, high], "speed_summary": summary(runs)}
-    return speed
 
 
 def held_out(seed: int, count: int) -> list[Problem]:
@@ -735,59 +776,76 @@ def held_out(seed: int, count: int) -> list[Problem]:
     return fresh_problems(seed, count, exclude=exclude)
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
-    """Accuracy and acceptance of all rules over N problems, then speed over the first of them; prints the table."""
+def settings(args: argparse.Namespace, dtype: torch.dtype) -> dict:
+    """What a report says of itself: machine, commit, command, torch version; and its settings."""
+    about = machine(torch.device("cpu")) | {"threads": 1}  # of a worker
+    pair = "bundled pair" if args.pair == DEMO else str(args.pair)
+    return {"machine": about, "pair": pair, "problems": args.problems,
+            "seed": getattr(args, "seed", VALIDATION_SEED), "dtype": str(dtype).removeprefix("torch."),
+            "workers": args.workers, "compiled": args.compile}
+
+
+def write_report(path: str | None, report: dict) -> None:
+    if path:
+        write_text(Path(path), json.dumps(report, indent=1) + "\n")
+
+
+def answering(args: argparse.Namespace) -> tuple[torch.dtype, dict]:
+    """dtype, and how to answer (options of answer_problems)."""
     check_writable(args.json)
+    dtype = pick_dtype(args.dtype, MODELS["target"], torch.device("cpu"))
+    return dtype, {"dtype": dtype, "workers": args.workers, "compile": args.compile}
+
+
+def print_difference(name: str, d: dict) -> None:
+    print(f"accuracy, {name}: {100 * d['mean']:+.2f} points "
+          f"[{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Accuracy, acceptance and length of answers of every way over N problems; prints the table."""
     if args.seed == VALIDATION_SEED:
         raise ValueError(f"got --seed {args.seed}, on which thresholds were chosen; expected another one")
-    dtype = pick_dtype(args.dtype, MODELS["target"], torch.device("cpu"))
+    dtype, options = answering(args)
     problems = held_out(args.seed, args.problems)
-    ways = {rule: Way(rule, args.speculate_k) for rule in RULES}
-    ways["judge"] = ways["judge"]._replace(threshold=args.threshold)
-    ways["token_identity"] = ways["token_identity"]._replace(threshold=args.identity_threshold)
-    timed = {rule: ways[rule] for rule in ("draft", "target", "exact", "judge")}
-    timed |= {"exact_best_k": Way("exact", args.exact_k), "judge_best_k": ways["judge"]._replace(speculate_k=args.judge_k)}
-    answers = answer_problems(args.output, problems, tuple(ways.values()), dtype=dtype, workers=args.workers)
-    report: dict[str, dict] = {rule: summary(answers[way]) for rule, way in ways.items()}
-    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed.values()), dtype=dtype, threads=args.threads)
-    for rule, way in timed.items():
-        report[rule] = report.get(rule, {}) | speed[way]
-    judge, target = answers[ways["judge"]], answers[ways["target"]]
-    report["paired"] = {f"judge - {rule}": paired_difference(judge, answers[ways[rule]])
+    head = JudgeHead.load(args.pair / "judge.safetensors")
+    threshold = head.threshold if args.threshold is None else args.threshold
+    thresholds = {"judge": threshold, "token_identity": args.identity_threshold}
+    ways = {rule: Way(rule, args.speculate_k, thresholds.get(rule)) for rule in WAYS}
+    found = answer_problems(args.pair, problems, tuple(ways.values()), **options)
+    answers = {rule: found[way] for rule, way in ways.items()}
+    report: dict[str, dict] = {rule: summary(each) for rule, each in answers.items()}
+    report["paired"] = {f"judge - {rule}": paired_difference(answers["judge"], answers[rule])
                         for rule in ("target", "draft", "oracle", "token_identity")}
-    report["exact_differs_from_target"] = sum(a["tokens"] != b["tokens"] for a, b in zip(answers[ways["exact"]], target))
-    report["settings"] = {
-        "seed": args.seed, "problems": args.problems, "speed_problems": args.speed_problems, "threads": args.threads,
-        "speculate_k": args.speculate_k, "exact_k": args.exact_k, "judge_k": args.judge_k, "identity_threshold": args.identity_threshold,
-        "threshold": JudgeHead.load(args.output / "judge.safetensors").threshold if args.threshold is None else args.threshold, "dtype": str(dtype),
-        "cpu": cpu_name(), "torch": torch.__version__}
-    print(f"\n{'rule':<16}{'accuracy':>9}{'accepted/round':>16}{'tokens/round':>14}{'tokens/s':>10}{'ms/token':>10}")
-    for rule in (*RULES, "exact_best_k", "judge_best_k"):
-        cells = [f"{report[rule][key] * scale:{spec}}" if key in report[rule] else "-" for key, scale, spec in (
-            ("accuracy", 100, ".1f"), ("accepted_per_round", 1, ".2f"), ("tokens_per_round", 1, ".2f"),
-            ("tokens_per_second", 1, ".0f"), ("ms_per_token", 1, ".2f"))]
-        name = f"{rule.split('_')[0]}, K={timed[rule].speculate_k}" if rule.endswith("best_k") else rule
-        print(f"{name:<16}{cells[0]:>9}{cells[1]:>16}{cells[2]:>14}{cells[3]:>10}{cells[4]:>10}")
-    for name, d in report["paired"].items():
-        print(f"accuracy, {name}: {100 * d['mean']:+.2f} points [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]")
-    if args.json:
-        write_text(args.json, json.dumps(report, indent=1) + "\n")
+    report["exact_differs_from_target"] = sum(
+        a["tokens"] != b["tokens"] for a, b in zip(answers["exact"], answers["target"]))
+    report["settings"] = settings(args, dtype) | {
+        "speculate_k": args.speculate_k, "threshold": threshold,
+        "identity_threshold": args.identity_threshold}
+    print(f"\n{'rule':<16}{'accuracy':>9}{'accepted/round':>16}{'tokens/round':>14}"
+          f"{'tokens/answer':>15}")
+    for rule in WAYS:
+        row = report[rule]
+        print(f"{rule:<16}{100 * row['accuracy']:9.1f}{row['accepted_per_round']:16.2f}"
+              f"{row['tokens_per_round']:14.2f}{row['mean_new_tokens']:15.1f}")
+    for name, difference in report["paired"].items():
+        print_difference(name, difference)
+    write_report(args.json, report)
 
 
 def run_int8(args: argparse.Namespace) -> None:
     """The pair in int8 beside the pair as stored, over the same problems: accuracy of target and judge, tokens kept."""
-    check_writable(args.json)
-    dtype = pick_dtype(args.dtype, MODELS["target"], torch.device("cpu"))
+    dtype, options = answering(args)
     problems = held_out(args.seed, args.problems)
     target, judge = Way("target", args.speculate_k), Way("judge", args.speculate_k)
     report: dict = {}
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = {"stored": args.output, "int8": Path(scratch)}
+        pairs = {"stored": args.pair, "int8": Path(scratch)}
         for name in MODELS:
-            quantize_checkpoint(args.output / name, pairs["int8"] / name)
+            quantize_checkpoint(args.pair / name, pairs["int8"] / name)
         for name in ("judge.safetensors", "token_identity.json"):
-            shutil.copy(args.output / name, pairs["int8"] / name)
-        answers = {name: answer_problems(pair, problems, (target, judge), dtype=dtype, workers=args.workers)
+            shutil.copy(args.pair / name, pairs["int8"] / name)
+        answers = {name: answer_problems(pair, problems, (target, judge), **options)
                    for name, pair in pairs.items()}
     print(f"\n{'pair':<10}{'target accuracy':>17}{'judge accuracy':>16}{'accepted/round':>16}")
     for name in pairs:
@@ -795,87 +853,81 @@ def run_int8(args: argparse.Namespace) -> None:
         print(f"{name:<10}{report[name]['target']['accuracy']:17.2%}{report[name]['judge']['accuracy']:16.2%}"
               f"{report[name]['judge']['accepted_per_round']:16.2f}")
     report["paired"] = {str(way.rule): paired_difference(answers["int8"][way], answers["stored"][way]) for way in (target, judge)}
-    for rule, d in report["paired"].items():
-        print(f"accuracy, {rule}, int8 - stored: {100 * d['mean']:+.2f} points [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]")
-    report["settings"] = {"seed": args.seed, "problems": args.problems, "speculate_k": args.speculate_k, "dtype": str(dtype),
-                          "cpu": cpu_name(), "torch": torch.__version__}
-    if args.json:
-        write_text(args.json, json.dumps(report, indent=1) + "\n")
+    for rule, difference in report["paired"].items():
+        print_difference(f"{rule}, int8 - stored", difference)
+    report["settings"] = settings(args, dtype) | {"speculate_k": args.speculate_k}
+    write_report(args.json, report)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
-    """Choose on validation problems: thresholds by acceptance and accuracy at K = 16, K by wall-clock time."""
-    check_writable(args.json)
-    dtype = pick_dtype(args.dtype, MODELS["target"], torch.device("cpu"))
+    """Choose thresholds on validation problems, by acceptance and accuracy at K = 16."""
+    dtype, options = answering(args)
     problems = held_out(VALIDATION_SEED, args.problems)
     ways = [Way("draft"), Way("target"), Way("oracle"), Way("exact"), *(Way("judge", 16, t) for t in args.thresholds),
             *(Way("token_identity", 16, t) for t in args.identity_thresholds)]
-    answers = answer_problems(args.output, problems, tuple(ways), dtype=dtype, workers=args.workers)
+    answers = answer_problems(args.pair, problems, tuple(ways), **options)
     rows = [{**way._asdict(), **summary(answers[way])} for way in ways]
     for way, row in zip(ways, rows):
         print(f"{way!s:<40} accuracy {row['accuracy']:6.1%}  accepted/round {row['accepted_per_round']:5.2f}")
-    if args.json:
-        write_text(args.json, json.dumps({"problems": args.problems, "dtype": str(dtype), "cpu": cpu_name(), "rows": rows}, indent=1) + "\n")
-    timed = [Way("target"), *(Way(rule, k) for k in args.ks for rule in ("exact", "judge"))]
-    speed = measure_speed(args.output, problems[:args.speed_problems], tuple(timed), dtype=dtype, threads=args.threads)
-    for way in timed:
-        print(f"{way!s:<40} {speed[way]['ms_per_token']:.2f} ms/token")
-    if args.json:
-        rows += [{**way._asdict(), **speed[way]} for way in timed]
-        write_text(args.json, json.dumps({"problems": args.problems, "dtype": str(dtype), "cpu": cpu_name(), "rows": rows}, indent=1) + "\n")
+    write_report(args.json, {"settings": settings(args, dtype), "rows": rows})
 
 
-def cpu_name() -> str:
-    """The processor's model, and how many cores this process may use."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+def maker_arguments(commands, run: Callable, name: str, help: str) -> argparse.ArgumentParser:
+    """A command that makes a part of a pair."""
+    parser = commands.add_parser(name, help=help)
+    parser.add_argument("--work", type=Path, default=WORK,
+                        help="texts and training state (%(default)s)")
+    parser.add_argument("--pair", type=Path, default=WORK / "pair", metavar="DIR",
+                        help="where the pair is written (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of torch (default: its choice)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def reader_arguments(commands, run: Callable, name: str, help: str, *,
+                     problems: int) -> argparse.ArgumentParser:
+    """A command that answers problems with a pair."""
+    parser = commands.add_parser(name, help=help)
+    add = parser.add_argument
+    add("--pair", type=Path, default=DEMO, metavar="DIR",
+        help="target, draft and judge.safetensors (default: the bundled pair)")
+    add("--problems", type=int, default=problems, help="default: %(default)s")
+    add("--workers", type=int, default=os.cpu_count(),
+        help="processes of one thread (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="default: as generate.py runs the pair on this CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: on")
+    add("--json", metavar="FILE", help="write the report")
+    parser.set_defaults(run=run)
+    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--work", type=Path, default=ROOT / "build" / "demo", help="texts and training state (%(default)s)")
-    common.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "demo", help="the pair's place (%(default)s)")
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    common.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: %(default)s)")
-    data = commands.add_parser("data", parents=[common], help="write the tokenizer and the training texts")
-    data.set_defaults(run=run_data)
-    train = commands.add_parser("train", parents=[common], help="train one model; resumes where it was stopped")
+    maker_arguments(commands, run_data, "data", "write the tokenizer and the training texts")
+    train = maker_arguments(commands, run_train, "train",
+                            "train one model; resumes where it was stopped")
     train.add_argument("--model", choices=MODELS, required=True)
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    train.set_defaults(run=run_train)
-    head = commands.add_parser("head", parents=[common], help="label the draft's proposals and train the judge head on them")
+    head = maker_arguments(commands, run_head, "head",
+                           "label the draft's proposals and train the judge head on them")
     head.add_argument("--problems", type=int, default=HEAD_PROBLEMS, help="default: %(default)s")
     head.add_argument("rest", nargs="*", help="options of train_head.py, after --")
-    head.set_defaults(run=run_head)
-    evaluate = commands.add_parser("evaluate", parents=[common], help="accuracy, acceptance and speed of every rule")
-    evaluate.add_argument("--seed", type=int, default=1, help="stream of held-out problems (default: %(default)s)")
-    evaluate.add_argument("--problems", type=int, default=2000, help="default: %(default)s")
-    evaluate.add_argument("--speed_problems", type=int, default=50, help="of them, timed with all threads (default: %(default)s)")
-    evaluate.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
-    evaluate.add_argument("--exact_k", type=int, default=5, help="the exact rule's own best K, by sweep (default: %(default)s)")
-    evaluate.add_argument("--judge_k", type=int, default=15, help="the judge's own best K, by sweep (default: %(default)s)")
+    evaluate = reader_arguments(commands, run_evaluate, "evaluate",
+                                "accuracy and acceptance of every rule", problems=2000)
+    int8 = reader_arguments(commands, run_int8, "int8", "accuracy and acceptance of the pair in "
+                            "int8, beside the pair as stored", problems=2000)
+    for command in (evaluate, int8):
+        command.add_argument("--seed", type=int, default=1,
+                             help="stream of held-out problems (default: %(default)s)")
+        command.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
     evaluate.add_argument("--threshold", type=float, help="default: the head's own")
     evaluate.add_argument("--identity_threshold", type=float, default=0.95, help="the control's, by sweep (default: %(default)s)")
-    evaluate.set_defaults(run=run_evaluate)
-    int8 = commands.add_parser("int8", parents=[common], help="accuracy and acceptance of the pair in int8, beside the pair as stored")
-    int8.add_argument("--seed", type=int, default=1, help="stream of held-out problems (default: %(default)s)")
-    int8.add_argument("--problems", type=int, default=2000, help="default: %(default)s")
-    int8.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
-    int8.set_defaults(run=run_int8)
-    sweep = commands.add_parser("sweep", parents=[common], help="choose thresholds and K on validation problems")
-    sweep.add_argument("--problems", type=int, default=200, help="default: %(default)s")
+    sweep = reader_arguments(commands, run_sweep, "sweep",
+                             "choose thresholds on validation problems", problems=200)
     sweep.add_argument("--thresholds", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
     sweep.add_argument("--identity_thresholds", type=float, nargs="*", default=[0.5, 0.7, 0.8, 0.9, 0.95])
-    sweep.add_argument("--ks", type=int, nargs="*", default=[3, 7, 15, 16, 31], help="draft lengths to time (default: %(default)s)")
-    sweep.add_argument("--speed_problems", type=int, default=10, help="default: %(default)s")
-    sweep.set_defaults(run=run_sweep)
-    for command in (evaluate, int8, sweep):
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread (default: %(default)s)")
-        command.add_argument("--dtype", choices=DTYPES, help="default: as generate.py runs the pair on this CPU")
-        command.add_argument("--json", metavar="FILE", help="write the report")
     return parser.parse_args(argv)
 
 

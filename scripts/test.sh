@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Run the linter and the tests: make .venv, install requirements-dev.txt, ruff, then pytest with your arguments.
+# Run the linter and the tests: make .venv, install requirements-dev.txt, ruff, then pytest.
 #
-#   scripts/test.sh
-#   scripts/test.sh tests/test_judge.py -k greedy -x
+#   scripts/test.sh                                      # on all cores, but for the tests marked slow
+#   scripts/test.sh --all                                # the slow ones too, as CI does
+#   scripts/test.sh tests/test_judge.py -k greedy -x     # pytest with your arguments, on one core
 #
 # Exits with pytest's code, or with ruff's where only ruff found faults. No GPU and, once installed, no network needed.
 set -euo pipefail
@@ -19,6 +20,14 @@ if ((lint_status)); then
   say "ruff found faults (above): this run will fail, whatever the tests say"
 fi
 
+# A file's tests stay in one process, as they share what is slow to make.
+parallel=(-n auto --maxprocesses 8 --dist loadfile)
+case "${1:-}" in
+  "") options=("${parallel[@]}" -m "not slow") ;;
+  --all) options=("${parallel[@]}" "${@:2}") ;;
+  *) options=("$@") ;;
+esac
+
 test_status=0
-"$VENV_PYTHON" -m pytest -q --durations=10 "$@" || test_status=$?
+"$VENV_PYTHON" -m pytest -q --durations=10 "${options[@]}" || test_status=$?
 exit $((test_status ? test_status : lint_status))

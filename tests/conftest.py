@@ -15,6 +15,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Before torch is imported, and so for every process that a test starts: threads that wait for each
+# other over tiny matrices take most of a core, and Inductor's pool of compilers seconds to start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 
@@ -59,7 +64,7 @@ def pytest_configure() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every process forked after its first use
-    torch.set_num_threads(min(4, torch.get_num_threads()))  # tiny matrices only wait for more
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +75,16 @@ def full_float32() -> None:
 
 def write_tokenizer(directory: Path) -> None:
     """Write a byte-level BPE as Llama-3.1's: 256 bytes, then MERGES merges, then the 256 special tokens, in order of ids."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

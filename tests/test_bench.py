@@ -1,6 +1,5 @@
 """scripts/bench.py: every subcommand on tiny models, uncompiled, and the arithmetic behind its figures on made-up times."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -8,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import cpu
 from generate import Engine
-from model import Linear, Transformer
-from quantize import Int8Linear
+from judge import RULES, Rule, Verified
+from model import Transformer
+from quantize import Int8Linear, quantize_checkpoint
 from scripts import bench, bench_pair, bench_scale, bench_tools
-from scripts.bench_tools import ForcedEngine, empty_model, model_config, random_model
+from scripts.bench_tools import Forced, draft_name, empty_model, model_config, random_model
+from tp import Shard
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,29 +60,64 @@ def test_pair(pair, run, tmp_path):
                         "--json", tmp_path / "pair.json")
     assert json.loads((tmp_path / "pair.json").read_text()) == report
     assert list(report["rows"]) == list(bench_pair.WAYS) and all(set(row) == ROW for row in report["rows"].values())
-    assert {"device", "torch", "transformers", "commit", "threads"} <= set(report["machine"])
+    about = {"device", "torch", "transformers", "commit", "command", "threads"}
+    assert about <= set(report["machine"])
     rows = report["rows"]
     for way in ("hf_generate", "hf_assisted", "exact"):
         assert rows[way]["agrees_with_target"] == 1, way  # in float32: the same tokens
     assert rows["target"]["ratio_to_target"] == rows["hf_generate"]["ratio_to_hf_generate"] == 1
-    assert set(report["tuning"]) == {"exact", "judge"} and all(set(ks) == {"2", "3"} for ks in report["tuning"].values())
+    assert set(report["tuning"]) == {"exact", "judge"}
+    for way, tuning in report["tuning"].items():
+        assert set(tuning["tokens_per_second"]) == {"2", "3"} and tuning["edge"]
+        assert tuning["best"] == rows[way]["speculate_k"]
     assert rows["hf_assisted"]["speculate_k"] == 4 and rows["judge"]["speculate_k"] in (2, 3)
     assert rows["draft"]["speculate_k"] is None and rows["draft"]["accepted_per_round"] == 0
     assert all(row["accuracy"] == 2 / 3 for row in rows.values())
     assert [line.split()[0] for line in lines[-len(rows):]] == list(rows)
 
 
-def test_pair_with_k_chosen_in_every_round(pair, run):
-    report, _ = run(*pair_options(pair), "--num_prompts", 2, "--ways", "target", "judge", "judge_auto", "--speculate_k", 3)
-    assert list(report["rows"]) == ["target", "judge", "judge_auto"]
-    assert report["rows"]["judge_auto"]["speculate_k"] == "auto" and report["rows"]["judge_auto"]["tokens_per_round"] >= 1
+class First(Rule):
+    """Keeps the first n draft tokens, and what the exact rule keeps."""
+
+    name = "first"
+
+    def __init__(self, n: int = 1):
+        self.n = n
+
+    def score(self, seen: Verified) -> torch.Tensor:
+        return (torch.arange(len(seen.drafted)) < self.n).float()
+
+
+def test_pair_takes_any_rule_by_name(pair, run, monkeypatch):
+    monkeypatch.setitem(RULES, "first", First)
+    report, _ = run(*pair_options(pair), "--num_prompts", 2, "--tune_prompts", 1, "--tune_k", 2, 3,
+                    "--ways", "target", "--rule", "first", "--rule_args", "n=2", "--no_hf")
+    assert list(report["rows"]) == ["target", "first"] and report["rule_args"] == "n=2"
+    row = report["rows"]["first"]
+    assert row["accepted_per_round"] > 1.5 and row["speculate_k"] in (2, 3)
+    assert set(report["tuning"]["first"]["tokens_per_second"]) == {"2", "3"}
+
+
+def test_a_best_k_at_the_edge_is_said(monkeypatch, capsys):
+    def interleave(contest, trials, prompts, desc):
+        fast = {"exact": 2, "judge": 24}
+        return {(way, k): [made_up(1 + abs(k - fast[way]), [0])] for way, k in trials}
+
+    monkeypatch.setattr(bench_pair, "interleave", interleave)
+    grids = {"exact": [1, 2, 3], "judge": [12, 16, 24], "hf_assisted": [4]}
+    chosen, tuning = bench_pair.choose_k(None, grids, [])
+    assert chosen == {"exact": 2, "judge": 24, "hf_assisted": 4}
+    assert [tuning[way]["edge"] for way in ("exact", "judge")] == [False, True]
+    said = capsys.readouterr().err
+    assert "judge: the best K, 24, lies at the edge of [12, 16, 24]" in said and "exact" not in said
+    assert not bench_pair.at_edge(1, [1, 2]) and not bench_pair.at_edge(64, [32, 64])
 
 
 def test_assisted_generation_drafts_k_tokens_a_round(pair):
     """With itself as its assistant transformers accepts all K, at any K, in every round."""
     args = bench.parse_args([str(option) for option in pair_options(pair)])
     args.draft_checkpoint_path = args.checkpoint_path
-    setup = bench_pair.prepare(args, ["hf_assisted"], 4)
+    setup, _ = bench_pair.prepare(args, ["hf_assisted"], 4)
     other = bench_pair.HuggingFace(setup, ())
     for k in (3, 5):
         answer = other.answer([1, 2, 3], 4 * (k + 1), k)
@@ -136,18 +174,51 @@ def test_turns_and_quartiles():
     assert bench_tools.spread([0.5], "us") == {"us": 5e5, "us_quartiles": [5e5, 5e5]}
 
 
-def test_limit(run):
-    report, _ = run("limit", "--no-compile", "--model", "demo-fp32", "--draft", "demo-draft-fp32", "--device", "cpu",
+def test_limit(run, monkeypatch):
+    assert bench.BEYOND_CACHES >= 512 << 20
+    monkeypatch.setattr(bench, "BEYOND_CACHES", 1 << 20)
+    report, _ = run("limit", "--no-compile", "--model", "demo-fp32", "--draft", "demo-draft-bf16", "--device", "cpu",
                     "--length", 20, "--speculate_k", 1, 3, "--repeats", 2)
     steps = {step["step"]: step for step in report["steps"]}
     assert list(steps) == ["draft step", "target step", "verify 2 rows", "verify 4 rows"]
-    config = bench_tools.MODELS["target"]
+    config, _ = model_config("demo-fp32")
     assert steps["verify 4 rows"]["cache_bytes"] == 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * 24
-    for step in steps.values():
+    draft = empty_model("demo-draft-bf16")
+    assert steps["draft step"]["weight_bytes"] == bench_tools.weight_bytes(draft)
+    for name, step in steps.items():
         assert step["share"] == pytest.approx(step["ceiling_ms"] / step["ms"])
-    speed = report["bandwidth"]["target"]["gb_per_s"] * 1e6
-    moved = steps["target step"]["weight_bytes"] + steps["target step"]["cache_bytes"]
-    assert steps["target step"]["ceiling_ms"] == pytest.approx(moved / speed) and steps["target step"]["to_target_step"] == 1
+        which = "draft" if name == "draft step" else "target"
+        speed = report["bandwidth"][which]["gb_per_s"] * 1e6
+        moved = step["weight_bytes"] + step["cache_bytes"]
+        assert step["ceiling_ms"] == pytest.approx(moved / speed)
+    assert steps["target step"]["to_target_step"] == 1 and report["beyond_caches_gb_per_s"] > 0
+
+
+def test_machine_names_the_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/bench.py", "pair", "--json", "a b.json"])
+    about = bench_tools.machine(torch.device("cpu"))
+    assert about["command"] == "python scripts/bench.py pair --json 'a b.json'"
+    assert about["commit"] and about["device"].endswith("cores")
+
+
+def test_int8(run, monkeypatch):
+    """The layers as a model on a CPU runs them; uncompiled, as nothing here depends on it."""
+    seen = []
+    forward = cpu.CpuInt8Linear.forward
+    monkeypatch.setattr(cpu.CpuInt8Linear, "forward",
+                        lambda layer, x: seen.append(x.shape) or forward(layer, x))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setitem(bench.SHAPES, "demo", {"o": (32, 64)})
+    monkeypatch.setitem(bench.ROTATION_BYTES, "cpu", 4096)
+    monkeypatch.setattr(bench, "bandwidth", lambda device: 1e9)
+    report, _ = run("int8", "--models", "demo", "--rows", 1, 3, "--repeats", 1, "--device", "cpu",
+                    "--dtype", "bfloat16")
+    for entry in report["layers"]:
+        M, moved = entry["rows"], 32 * 64 + 2 * entry["rows"] * (32 + 64)
+        assert entry["int8"]["share"] == pytest.approx(moved / entry["int8"]["us"] / 1e3, rel=1e-6)
+        assert torch.Size((M, 64)) in seen and set(bench.WAYS) <= set(entry)
+    assert [entry["rows"] for entry in report["passes"]] == [1, 17]
+    assert report["gpu"] == bench.NOT_MEASURED and bench.RIVALS["cuda"] == ("bf16", "dequantise")
 
 
 def test_kernel(run):
@@ -183,11 +254,18 @@ def test_scale(run):
     assert report["gpu"] == bench.NOT_MEASURED and any("forced 3 of 4" in line for line in lines)
 
 
+@pytest.fixture(scope="module")
+def random_pair() -> tuple[Transformer, Transformer]:
+    device = torch.device("cpu")
+    return random_model("demo-fp32", device), random_model("demo-draft-fp32", device, seed=1)
+
+
 @pytest.mark.parametrize("accepted", [0, 2, 5])
-def test_forced_acceptance(accepted):
-    target, draft = random_model("demo-fp32", torch.device("cpu")), random_model("demo-draft-fp32", torch.device("cpu"), seed=1)
-    head = bench_scale.random_head(target.config.hidden_size)
-    engine = ForcedEngine(target, draft, head, accepted=accepted, speculate_k=5, max_seq_length=128, stop_tokens=())
+@pytest.mark.parametrize("judged", [True, False])
+def test_forced_acceptance(random_pair, accepted, judged):
+    target, draft = random_pair
+    rule = Forced(accepted, bench_scale.random_head(target.config.hidden_size) if judged else None)
+    engine = Engine(target, draft, rule=rule, speculate_k=5, max_seq_length=128, stop_tokens=())
     blocks = list(engine.generate([1, 2, 3], max_new_tokens=1 + 4 * (accepted + 1)))
     assert [len(block.tokens) for block in blocks] == [1] + 4 * [accepted + 1]
     assert engine.stats["tokens_per_round"] == accepted + 1 and engine.stats["accepted_per_round"] == accepted
@@ -196,6 +274,7 @@ def test_forced_acceptance(accepted):
     text = [1, 2, 3, *blocks[0].tokens]
     list(alone.generate(text, max_new_tokens=max(1, accepted)))
     assert blocks[1].tokens[:accepted] == alone.stats["tokens"][:accepted]
+    assert engine.stats["accepted_exact"] == 0
 
 
 @pytest.mark.parametrize("name,out_in", [("8B-int8", (6144, 4096)), ("70B-int8", (10240, 8192)), ("405B/8-int8", (2304, 16384))])
@@ -205,7 +284,7 @@ def test_shapes_are_those_of_llama(name, out_in):
     assert tuple(attention.qkv_proj.weight.shape) == out_in
     config = model.config
     assert (attention.heads, attention.kv_heads) == (config.num_heads, config.num_kv_heads)
-    linears = [layer for layer in model.modules() if isinstance(layer, Linear | Int8Linear)]
+    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Int8Linear)]
     assert all(isinstance(layer, Int8Linear) for layer in linears) and len(linears) == 4 * config.num_layers + 1
 
 
@@ -234,9 +313,48 @@ def test_bytes_of_a_step():
 
 
 def test_a_larger_model_is_drafted_by_8b_in_its_kind():
-    assert [bench_scale.draft_name(name, None) for name in ("8B-int8", "70B-int8", "405B/8-int8", "70B-bf16", "demo-fp32")] == [
+    assert [draft_name(name, None) for name in ("8B-int8", "70B-int8", "405B/8-int8", "70B-bf16", "demo-fp32")] == [
         None, "8B-int8", "8B/8-int8", "8B-bf16", "demo-draft-fp32"]
     assert model_config("8B/8-int8")[0].vocab_size == model_config("405B/8-int8")[0].vocab_size == 16032
+
+
+def test_a_draft_may_name_its_kind():
+    assert draft_name("70B-int8", "8B") == "8B-int8" and draft_name("70B-int8", "8B-bf16") == "8B-bf16"
+    assert draft_name("405B/8-int8", "8B-bf16") == "8B/8-bf16"  # cut as its target is
+    assert draft_name("8B-int8", "8B-bf16") is None
+    args = bench.parse_args(["limit", "--model", "70B-int8", "--draft", "8B"])
+    assert bench.limit_names(args) == ("70B-int8", "8B-int8")
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny_checkpoint, tmp_path_factory) -> dict[int, Path]:
+    """A checkpoint that eight ranks can share, by the bits of its weights."""
+    sizes = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
+                 intermediate_size=192)
+    made = {16: tiny_checkpoint(**sizes, dtype=torch.bfloat16),
+            8: tmp_path_factory.mktemp("sharded") / "int8"}
+    quantize_checkpoint(made[16], made[8])
+    return made
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_bytes_per_rank_are_those_of_the_model(sharded, world, bits):
+    model = Transformer.from_checkpoint(sharded[bits], shard=Shard(0, world))  # nothing is sent
+    kind = {8: "int8", 16: "bf16"}[bits]
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    assert bench_tools.rank_bytes(model.config, kind, world) == held
+
+
+def test_ranks(run):
+    report, lines = run("ranks", "--models", "8B", "70B", "--world", 1, 8)
+    assert report["computed"] == "from shapes, not measured" and lines[0].startswith("Computed")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-2:]]
+    assert table == [["8B", "8.56", "1.07", "9.1"], ["70B", "71.62", "8.96", "44.8"]]
+    # by hand, by the formula in tp.py: b · (K + 1) · D · (2L + 1)
+    assert report["models"][0]["collective_bytes"] == 2 * 17 * 4096 * 65
+    with pytest.raises(ValueError, match="8B-int8: got 3 ranks"):
+        run("ranks", "--models", "8B", "--world", 3)
 
 
 @pytest.mark.parametrize("argv,message", [
@@ -250,6 +368,10 @@ def test_a_larger_model_is_drafted_by_8b_in_its_kind():
     (["pair", "--threads", "0"], "got --threads 0"),
     (["limit", "--model", "demo-fp32", "--checkpoint_path", "x"], "give one of them"),
     (["limit", "--speculate_k", "0"], "got K 0"),
+    (["limit", "--model", "70B-int8", "--draft", "70B"], "the size of the target"),
+    (["limit", "--checkpoint_path", "x", "--draft", "8B"], "got model '8B'"),
+    (["pair", "--rule", "judge"], "got --rule judge, which is one of --ways"),
+    (["pair", "--rule_args", "a=1"], "got --rule_args without --rule"),
     (["kernel", "--shape", "4", "8", "8"], "V from 50 on"),
     (["long", "--new_tokens", "1"], "--new_tokens below 2"),
     (["start", "--model", "demo"], "got model 'demo'"),
@@ -276,13 +398,10 @@ def test_without_transformers(pair, monkeypatch):
 
 
 def test_models_that_do_not_fit_are_skipped(monkeypatch):
-    class Small:
-        total_memory = 80 << 30
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small)
-    assert bench_scale.fits(["70B-bf16"], torch.device("cuda")) == "needs 144 GB, this GPU has 86"
-    assert bench_scale.fits(["8B-int8"], torch.device("cuda")) is None
-    assert bench_scale.fits(["70B-bf16"], torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 141 << 30))
+    assert bench_tools.fits(["70B-bf16"], torch.device("cuda")) == "needs 144 GB, this GPU has 86 free"
+    assert bench_tools.fits(["8B-int8"], torch.device("cuda")) is None
+    assert bench_tools.fits(["70B-bf16"], torch.device("cpu")) is None
 
 
 def test_command_exits_2_with_one_line():
@@ -295,7 +414,7 @@ def test_command_exits_2_with_one_line():
 def test_caches_of_twins_are_their_own():
     """`long` compares allocations in turns: copies that share weights, and not caches."""
     model = random_model("demo-fp32", torch.device("cpu"))
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    twin = bench_tools.twin_of(model)
     assert isinstance(twin, Transformer) and all(a is b for a, b in zip(model.parameters(), twin.parameters()))
     assert twin.lm_head.weight is twin.embed_tokens.weight
     twin.setup_caches(1, 16)

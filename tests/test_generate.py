@@ -1,11 +1,9 @@
 """generate.py: lossless rules token for token and in distribution, the judge's rule, the cache, stop tokens, the command line."""
 
 import collections
-import dataclasses
 import itertools
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -15,10 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import drafter
 import generate
-from generate import AUTO_K, ChooseK, Engine, PhaseClock, Sampling, can_compile, check_fit, check_tokenizers
-from judge import JudgeHead, probs
-from model import ModelConfig, Transformer
+import terminal
+from checkpoint import ModelConfig
+from cpu import can_compile
+from drafter import LookupDrafter, ModelDrafter, Sampling, State
+from generate import Answer, Engine, Round
+from judge import JudgeHead, Rule, check_fit, probs
+from model import Transformer
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,12 +295,12 @@ def sampling_pair() -> tuple[Transformer, Transformer]:
     return tuple(random_model(seed, vocab_size=VOCABULARY, num_layers=1, spread=0.35) for seed in (4, 5))
 
 
-class IgnoresQ(Engine):
-    """Takes the draft for a uniform one. (A one-hot q in its place would be lossless too, only wasteful.)"""
+class IgnoresQ(ModelDrafter):
+    """Says that it drew uniformly. (A one-hot q in its place would be lossless too, only wasteful.)"""
 
-    def _decide(self, hidden, logits, drafted, *, draft_probs, sampling):
-        draft_probs = torch.full_like(draft_probs, 1 / draft_probs.shape[-1])
-        return super()._decide(hidden, logits, drafted, draft_probs=draft_probs, sampling=sampling)
+    def propose(self, state, draws):
+        drafted, q = super().propose(state, draws)
+        return drafted, torch.full_like(q, 1 / q.shape[-1])
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.6, 3)])
@@ -309,7 +312,8 @@ def test_sampled_speculation_has_the_targets_distribution(temperature, top_k):
 
 @torch.no_grad()
 def test_the_chi_square_is_strong_enough_to_see_q_ignored():
-    engine = IgnoresQ(*sampling_pair(), speculate_k=2, stop_tokens=(), max_seq_length=16)
+    target, draft = sampling_pair()
+    engine = Engine(target, IgnoresQ(draft), speculate_k=2, stop_tokens=(), max_seq_length=16)
     assert sampled_p_value(engine, 1.0, None) < 1e-6
 
 
@@ -364,10 +368,10 @@ def test_a_round_in_flight_stays_inside_the_caches():
 def test_no_prompt_length_compiles_anew(monkeypatch):
     """After the warm-up, 20 prompts of other lengths, some in several chunks and from an empty to a full cache."""
     from torch._dynamo.utils import counters
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 128)
+    monkeypatch.setattr(drafter, "PREFILL_CHUNK", 128)
     target = random_model(1)
-    engine = Engine(target, near(target, 0.1), random_head(32), compile=True, speculate_k=4, stop_tokens=(), max_seq_length=512)
-    plain = Engine(target, engine.draft, engine.judge, speculate_k=4, stop_tokens=(), max_seq_length=512)
+    models, options = (target, near(target, 0.1), random_head(32)), dict(speculate_k=4, stop_tokens=(), max_seq_length=512)
+    engine, plain = Engine(*models, compile=True, **options), Engine(*models, **options)
     generator = torch.Generator().manual_seed(0)
     engine.warmup(rules=("none", "judge"))
     compiled = counters["stats"]["unique_graphs"]
@@ -381,17 +385,6 @@ def test_no_prompt_length_compiles_anew(monkeypatch):
         assert counters["stats"]["unique_graphs"] == compiled, length
 
 
-@pytest.mark.skipif(can_compile(torch.device("cpu")) is not None, reason="no C++ compiler")
-def test_caches_beyond_what_loops_attend_to_compile():
-    target = random_model(1)
-    target.config = dataclasses.replace(target.config, max_position_embeddings=6000)
-    options = dict(speculate_k=3, stop_tokens=(), max_seq_length=5000)
-    engine = Engine(target, near(target, 0.1), compile=True, **options)
-    plain = Engine(target, engine.draft, **options)
-    prompt = torch.randint(0, 40, (4200,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert run(engine, prompt, 9) == run(plain, prompt, 9)
-
-
 gpu_test = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -402,8 +395,9 @@ def test_graphs_change_no_token(sampling):
     draft, target = near(random_model(1), 0.1).cuda(), random_model(1).cuda()
     head, answers = random_head(32), []
     options = dict(speculate_k=3, stop_tokens=(), max_seq_length=128)
-    for compile, graphs in ((True, True), (True, False), (False, False)):
-        engine = Engine(target, draft, head, compile=compile, graphs=graphs, **options)
+    for compile, record in ((True, True), (True, False), (False, False)):
+        engine = Engine(target, draft, head, compile=compile, **options)
+        engine.record = record
         for rule in ("none", "exact", "judge"):
             for _ in range(2):  # a graph's second answer reads what the first left
                 answers.append((rule, run(engine, rule=rule, **sampling), engine.stats["accepted_per_round"]))
@@ -417,43 +411,15 @@ def test_a_round_waits_for_nothing(sampling):
     draft, target = near(random_model(1), 0.1).cuda(), random_model(1).cuda()
     engine = Engine(target, draft, random_head(32), speculate_k=3, stop_tokens=(), max_seq_length=128)
     run(engine, **sampling)
-    draws = Sampling(engine._temperature if sampling else None, None, engine._generator)
-    state, clock = (torch.tensor([5, 7], device="cuda"), torch.tensor(9, device="cuda")), PhaseClock(engine.device)
+    draws = Sampling(engine.temperature if sampling else None, None, engine.generator)
+    state = State(torch.tensor([5, 7], device="cuda"), torch.tensor(9, device="cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for K in (3, 0, 3):
-            state, outcome = engine.run_round(K, state, draws, clock)
+        for rule in ("judge", "none", "judge"):
+            state, outcome = Round(engine, engine.rules[rule], draws)(state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(outcome.tolist()) == 2 * 3 + 3
-
-
-def test_k_is_chosen_by_time_and_acceptance():
-    """A draft that always errs gets the shortest block, one that never errs the longest that pays."""
-    seconds = {K: 1.0 + 0.1 * K for K in (1, 4, 16)}
-    for share, best in ((0.0, 1), (1.0, 16)):
-        choose = ChooseK(seconds)
-        for _ in range(200):
-            K = choose()
-            choose.saw(K, round(share * K))
-        assert choose() == best
-    rng, rate = random.Random(0), 0.8
-    choose = ChooseK(seconds)
-    for _ in range(500):
-        K = choose()
-        choose.saw(K, next((i for i in range(K) if rng.random() > rate), K))
-    tokens = {K: sum(rate**i for i in range(K + 1)) / seconds[K] for K in seconds}
-    assert choose() == max(tokens, key=tokens.get) == 4
-
-
-@pytest.mark.parametrize("draft", DRAFTS)
-def test_chosen_k_keeps_the_exact_rule_lossless(draft):
-    target = random_model(1)
-    engine = Engine(target, near(target, DRAFTS[draft]), speculate_k="auto", stop_tokens=(), max_seq_length=128)
-    assert run(engine, n=60) == greedy(target, PROMPT, 60)
-    stats = engine.stats
-    assert stats["speculate_k"] == max(AUTO_K) == len(stats["acceptance_by_position"])
-    assert min(AUTO_K) <= stats["drafted_per_round"] <= max(AUTO_K)
+    assert len(outcome.tolist()) == 3 * 3 + 3
 
 
 def test_compiled_steps_give_the_same_tokens():
@@ -473,7 +439,8 @@ def test_compiled_steps_give_the_same_tokens():
 @pytest.mark.parametrize("options, message", [
     ({"speculate_k": 0}, "got speculate_k 0"), ({"speculate_k": 65}, "got speculate_k 65"),
     ({"threshold": 1.5}, r"got threshold 1.5, expected a number in \[0, 1\]"), ({"threshold": -0.1}, "got threshold -0.1"),
-    ({"draft": None}, "a judge without a draft"), ({"judge": random_head(48)}, "48.*32|32.*48")])
+    ({"draft": None}, "got rule 'judge' without a draft"), ({"rule": "kl"}, "got 'kl', expected one of exact, judge"),
+    ({"judge": None, "threshold": 0.5, "rule": "exact"}, "got 0.5, expected none with rule exact"), ({"judge": random_head(48)}, "48.*32|32.*48")])
 def test_pieces_that_do_not_fit(options, message):
     target = random_model(1)
     options = {"draft": target, "judge": random_head(32), "speculate_k": 4} | options
@@ -483,7 +450,7 @@ def test_pieces_that_do_not_fit(options, message):
 
 def test_vocabularies_must_agree():
     with pytest.raises(ValueError, match="vocabulary of 96 and a target with 97"):
-        check_fit(random_model(1).config, random_model(1, vocab_size=96).config, None, speculate_k=4, threshold=None)
+        check_fit(random_model(1).config, random_model(1, vocab_size=96).config, None, 4)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -557,23 +524,11 @@ def test_every_mistake_is_named_before_weights_load(checkpoints, tiny_checkpoint
     assert "does not exist" in prepare_error("--checkpoint_path", tmp_path)
 
 
-def test_tokenizers_that_differ_are_told_apart(tiny_checkpoint):
-    one, other = Tokenizer.from_checkpoint(tiny_checkpoint()), tiny_checkpoint()
-    check_tokenizers(one, Tokenizer.from_checkpoint(other))
-    raw = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = raw["model"]["vocab"]
-    a, b = (token for token, i in vocabulary.items() if i in (10, 11))
-    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
-    (other / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="vocabularies of draft .* differ"):
-        check_tokenizers(one, Tokenizer.from_checkpoint(other))
-
-
 # ---- the command line, as a user runs it
 
 KEYS = {"prompt", "text", "tokens", "prompt_tokens", "new_tokens", "finish_reason", "seconds", "seconds_to_first_token",
         "tokens_per_second", "rounds", "tokens_per_round", "accepted_per_round", "accepted_exact", "accepted_judge",
-        "acceptance_by_position", "rule", "speculate_k", "threshold", "temperature", "top_k", "seed", "device", "dtype",
+        "acceptance_by_position", "sources", "scores", "rule", "speculate_k", "threshold", "temperature", "top_k", "seed", "device", "dtype",
         "compiled", "world_size"}
 
 
@@ -641,7 +596,7 @@ def test_colours_tell_who_wrote_what(checkpoints):
         return shown.decode()
 
     coloured = on_a_terminal()
-    assert generate.STYLES["judge"] in coloured and generate.STYLES["target"] in coloured and "kept by the judge" in coloured
+    assert terminal.STYLES["lossy"] in coloured and terminal.STYLES["target"] in coloured and "kept by the judge" in coloured
     assert "\033[" not in on_a_terminal(NO_COLOR="1")
 
 
@@ -679,3 +634,155 @@ def test_blocks_and_sources_line_up():
         assert "target" not in block.sources[:-1]
     counts = collections.Counter(itertools.chain.from_iterable(b.sources for b in blocks))
     assert counts["exact"] == engine.stats["accepted_exact"] and counts["judge"] == engine.stats["accepted_judge"]
+
+
+# ---- the books of an answer, without a model
+
+def outcome(drafted: list[int], token: int, a: int, *, status: int = 0, sources=None, scores=None) -> list[float]:
+    return [float(n) for n in (*drafted, token, a, status, *(sources or [1] * len(drafted)),
+                               *(scores or [0.25] * len(drafted)))]
+
+
+def test_an_answer_cuts_counts_and_ends():
+    answer = Answer(9, (7,), 3, "judge")
+    assert answer.add(outcome([], 5, 0)) == ([5], ["target"]) and answer.rounds == 0 and not answer.done
+    assert answer.wants(7) and not answer.wants(8)
+    block = answer.add(outcome([1, 2, 3], 4, 2, sources=[1, 2, 0], scores=[0.5, 0.75, 0.125]))
+    assert block == ([1, 2, 4], ["exact", "judge", "target"])
+    assert answer.add(outcome([1, 7, 3], 4, 3)) == ([1, 7], ["exact", "exact"])  # cut behind the stop token
+    assert answer.done and answer.stopped
+    s = answer.statistics()
+    assert s["tokens"] == [5, 1, 2, 4, 1, 7] and s["scores"] == [None, 0.5, 0.75, None, 0.25, 0.25]
+    assert s["sources"] == ["target", "exact", "judge", "target", "exact", "exact"]
+    assert (s["rounds"], s["accepted_exact"], s["accepted_judge"]) == (2, 3, 1)
+    assert s["tokens_per_round"] == 2.5 and s["accepted_per_round"] == 2 and s["finish_reason"] == "stop"
+    assert s["acceptance_by_position"] == [1, 1, 0]
+
+
+def test_an_answer_ends_at_its_length_inside_a_block():
+    answer = Answer(3, (), 2, "exact")
+    answer.add(outcome([], 5, 0))
+    assert answer.add(outcome([1, 2], 3, 2)) == ([1, 2], ["exact", "exact"]) and answer.done
+    s = answer.statistics()
+    assert s["finish_reason"] == "length" and s["acceptance_by_position"] == [1, 1] and s["new_tokens"] == 3
+    assert s["scores"] == [None] * 3  # no lossy rule, no scores
+
+
+def test_an_answer_refuses_a_round_that_is_not_finite():
+    answer = Answer(3, (), 2, "exact")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        answer.add(outcome([1, 2], 3, 1, status=1))
+    assert not answer.tokens
+
+
+# ---- seams: rules and drafters
+
+class Often(Rule):
+    """Keeps what the target gives a probability above `least`, and what the draft was sure of."""
+
+    name, needs_probs, needs_draft_probs = "often", True, True
+
+    def __init__(self, least: float):
+        self.least = least
+
+    def score(self, seen):
+        column = seen.drafted[:, None]
+        p, q = (x[:len(column)].gather(1, column)[:, 0] for x in (seen.probs, seen.draft_probs))
+        return ((p > self.least) & (q > self.least)).float()
+
+
+@torch.no_grad()
+def often(target, draft, n, K, least):
+    """The rule by its definition: no cache, one candidate at a time."""
+    tokens, sources = [*PROMPT, *greedy(target, PROMPT, 1)], ["target"]
+    while len(tokens) < len(PROMPT) + n:
+        for token in greedy(draft, tokens, K):
+            p, q = (m.logits(m(torch.tensor([tokens]))[0, -1]).softmax(-1) for m in (target, draft))
+            if int(p.argmax()) != token and not (p[token] > least and q[token] > least):
+                break
+            sources.append("exact" if int(p.argmax()) == token else "often")
+            tokens.append(token)
+        tokens += greedy(target, tokens, 1)
+        sources.append("target")
+    return tokens[len(PROMPT):][:n], sources[:n]
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.skipif(
+    can_compile(torch.device("cpu")) is not None, reason="no C++ compiler"))])
+def test_a_rule_of_ones_own_runs_by_its_definition(compile):
+    target = random_model(1, num_layers=1)
+    draft = near(target, 0.1)
+    engine = Engine(target, draft, rule=Often(0.05), speculate_k=4, stop_tokens=(), max_seq_length=128, compile=compile)
+    blocks = list(engine.generate(PROMPT, max_new_tokens=40))
+    tokens, sources = often(target, draft, 40, 4, 0.05)
+    assert [t for b in blocks for t in b.tokens] == tokens and [s for b in blocks for s in b.sources] == sources
+    assert engine.rule == "often" and engine.stats["accepted_judge"] == sources.count("often") > 0
+    assert run(engine, rule=Often(2.0)) == run(engine, rule="exact") == greedy(target, PROMPT, 40)
+    assert run(engine, temperature=0.8, rule=Often(2.0)) == run(engine, temperature=0.8, rule="exact")
+    run(engine, temperature=0.8)
+    assert engine.stats["accepted_judge"] > 0
+
+
+class Every(Rule):
+    name, overrules = "every", True
+
+    def __init__(self, keep: list[float], on_host: bool = False):
+        self.keep, self.on_host = torch.tensor(keep), on_host
+
+    def score(self, seen):
+        return torch.tensor([self.keep[i].item() for i in range(len(seen.drafted))]) if self.on_host else self.keep
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_rule_may_overrule_the_exact_one(on_host):
+    """A draft that is always right, of which just two tokens stay: forced acceptance."""
+    target = random_model(1)
+    engine = Engine(target, near(target, 0.0), speculate_k=4, stop_tokens=(), max_seq_length=128)
+    assert run(engine, n=31, rule=Every([1, 1, 0, 1], on_host)) == greedy(target, PROMPT, 31)
+    assert engine.stats["tokens_per_round"] == 3 and engine.stats["accepted_exact"] == 0
+
+
+def lookup(ids: list[int], K: int, ngram: int = 3) -> list[int]:
+    """Prompt lookup as one would write it first."""
+    n, best = len(ids) - 1, (-1, -1)
+    for end in range(n):
+        length = 0
+        while length < ngram and length <= end and ids[end - length] == ids[n - length]:
+            length += 1
+        best = max(best, (length, end))
+    return [ids[best[1] + 1 + i % (n - best[1])] for i in range(K)]
+
+
+def test_lookup_proposes_what_followed_before():
+    target = random_model(1)
+    drafter_ = LookupDrafter()
+    drafter_.setup(target, 5, 64, False)
+    generator = torch.Generator().manual_seed(0)
+    for length in (2, 3, 5, 9, 20, 40):
+        ids = torch.randint(0, 3, (length,), generator=generator)
+        drafter_.history.random_(0, 3)  # dead rows hold anything
+        drafter_.prefill(ids[:-1], 0)
+        state = State(ids[-2:], torch.tensor(length - 1))
+        drafted, q = drafter_.propose(state, Sampling(None, None, generator))
+        assert drafted.tolist() == lookup(ids.tolist(), 5) and q is None
+        assert drafter_.history[:length + 5].tolist() == [*ids.tolist(), *drafted.tolist()]
+
+
+@pytest.mark.parametrize("K", [1, 5, 16])
+def test_lookup_is_lossless_also_in_a_chat(K):
+    target = random_model(1, spread=0.6)
+    engine = Engine(target, LookupDrafter(), speculate_k=K, stop_tokens=(), max_seq_length=256)
+    prompt = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]
+    first = run(engine, prompt, 60)
+    assert first == greedy(target, prompt, 60) and engine.stats["accepted_exact"] > 0
+    again = [*prompt, *first, 3, 4]
+    assert run(engine, again, 30, keep_cache=True) == greedy(target, again, 30)
+    assert run(engine, prompt, 40, temperature=1.0, top_k=1) == greedy(target, prompt, 40)
+
+
+@torch.no_grad()
+def test_sampling_with_lookup_has_the_targets_distribution():
+    target, _ = sampling_pair()
+    engine = Engine(target, LookupDrafter(), speculate_k=2, stop_tokens=(), max_seq_length=16)
+    assert sampled_p_value(engine, 1.0, None) > 0.001
+    assert engine.stats["rounds"] > 0

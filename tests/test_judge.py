@@ -11,13 +11,14 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import judge
-from judge import Decision, JudgeHead, accept, probs, sample
+from judge import Decision, Exact, Judge, JudgeHead, Rule, make_rule, probs, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available() and judge.triton is not None and not judge.INTERPRETED
@@ -38,29 +39,37 @@ def small_blocks(monkeypatch, request):
         monkeypatch.setattr(judge, "BLOCK_TOPK", 1024)
 
 
+ACCEPT = {"torch": judge.accept_torch, "triton": judge.accept_triton}
+
+
+def accept(*, impl, head, hidden, logits, drafted, **case):
+    """Run a case by one of the two implementations: with a head the judge's rule, without one the exact rule."""
+    return ACCEPT[impl](hidden, logits, drafted, rule=Exact() if head is None else Judge(head), **case)
+
+
 def make_head(D, seed=0, bias=0.0):
     weight = torch.randn(1, D, generator=torch.Generator().manual_seed(seed)) / D**0.5
     return JudgeHead(2 * weight, torch.tensor([bias]), {"threshold": "0.5", "target": "tiny"})
 
 
 def make_case(seed, K, V, D, dtype=torch.float32, *, temperature=None, top_k=None, head=True, device=DEVICE):
-    """Keyword arguments of `accept`, with drafts that agree in part: argmax tokens, samples of q, random ones, stops."""
+    """Keyword arguments of `accept` above, with drafts that agree in part: argmax tokens, samples of q, random ones, stops."""
     g = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(K + 1, V, generator=g)).to(dtype)
     logits[:, ::97] *= 4  # outliers
     hidden = torch.randn(K + 1, D, generator=g).to(dtype)
     hidden[:, ::53] *= 20
-    draft_tokens = torch.randint(V, (K,), generator=g)
+    drafted = torch.randint(V, (K,), generator=g)
     likely = torch.rand(K, generator=g) < 0.7
-    draft_tokens[likely] = logits[:K].argmax(-1)[likely]
-    case = {"hidden": hidden, "logits": logits, "draft_tokens": draft_tokens, "head": make_head(D, seed) if head else None,
-            "threshold": torch.tensor(0.5), "stop_tokens": draft_tokens[K // 2:K // 2 + 1].clone()}
+    drafted[likely] = logits[:K].argmax(-1)[likely]
+    case = {"hidden": hidden, "logits": logits, "drafted": drafted, "head": make_head(D, seed) if head else None,
+            "threshold": torch.tensor(0.5), "stop_tokens": drafted[K // 2:K // 2 + 1].clone()}
     if temperature is not None:
         q = probs(logits[:K].float() + torch.randn(K, V, generator=g), temperature, top_k)
         exponentials = torch.empty(K, V).exponential_(generator=g)
         drawn = sample(q, exponentials)
         keep = torch.rand(K, generator=g) < 0.6
-        case["draft_tokens"] = torch.where(keep, drawn, draft_tokens)
+        case["drafted"] = torch.where(keep, drawn, drafted)
         case |= {"temperature": torch.tensor(temperature), "top_k": top_k, "draft_probs": q,
                  "uniforms": torch.rand(K, generator=g), "exponentials": torch.empty(V).exponential_(generator=g)}
     return {key: value.to(device) if isinstance(value, torch.Tensor | torch.nn.Module) else value
@@ -73,10 +82,10 @@ def double(case):
             for key, value in case.items()}
 
 
-def naive(hidden, logits, draft_tokens, head, threshold, stop_tokens, temperature=None, top_k=None, draft_probs=None,
+def naive(hidden, logits, drafted, head, threshold, stop_tokens, temperature=None, top_k=None, draft_probs=None,
           uniforms=None, exponentials=None):
     """The rule as a reader would write it first: Python floats, one token after the other."""
-    x, h, d = logits.double().tolist(), hidden.double().tolist(), draft_tokens.tolist()
+    x, h, d = logits.double().tolist(), hidden.double().tolist(), drafted.tolist()
     K, V = len(d), len(x[0])
 
     def finite(row):
@@ -124,7 +133,7 @@ def assert_naive(case, decision):
 def assert_close(case, decision):
     """The kernel's decision is the float64 reference's, but where rounding may decide (module docstring of judge.py)."""
     reference = accept(**double(case), impl="torch")
-    head, T, K = case["head"], case.get("temperature"), len(case["draft_tokens"])
+    head, T, K = case["head"], case.get("temperature"), len(case["drafted"])
     near = torch.zeros(K, dtype=torch.bool, device=DEVICE)
     if head is not None:
         size = (case["hidden"][1:].double() * head.weight[0].double()).abs().sum(-1) + head.bias.double().abs()
@@ -136,7 +145,7 @@ def assert_close(case, decision):
     if T is not None:
         logits, p = case["logits"].double(), probs(case["logits"].double(), T.double(), case["top_k"])
         slack = 2**-18 * p * (1 + (logits.amax(-1, keepdim=True) - logits) / T.double())
-        column = case["draft_tokens"][:, None]
+        column = case["drafted"][:, None]
         ratio = case["uniforms"].double() * case["draft_probs"].double().gather(1, column)[:, 0]
         near |= (ratio - p[:K].gather(1, column)[:, 0]).abs() <= slack[:K].gather(1, column)[:, 0]
         near &= p[:K].gather(1, column)[:, 0] > 0
@@ -171,23 +180,26 @@ def test_reference_is_the_naive_loop(temperature, top_k, head):
         case = make_case(seed, K=1 + seed % 7, V=61, D=13, temperature=temperature, top_k=top_k, head=head, device="cpu")
         if seed % 2:
             case["logits"] = case["logits"].round().clamp(max=4)  # ties, at the maximum and at the k-th value
-            case["draft_tokens"][0] = case["logits"][0].argmax()
+            case["drafted"][0] = case["logits"][0].argmax()
         case = double(case)
         assert_naive(case, accept(**case, impl="torch"))
 
 
 def test_reference_compiles_whole():
     """fullgraph: no sync, no data-dependent shape; ties and NaN survive inductor. int8/int64 dtypes as promised."""
-    compiled = torch.compile(accept, fullgraph=True, dynamic=False)
+    def run(case):
+        return accept(**case, impl="torch")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=False)
     for case in (make_case(0, 5, 301, 33, device="cpu"),
                  make_case(1, 5, 301, 33, temperature=0.7, top_k=20, device="cpu")):
         case["logits"][3, 7] = case["logits"][3, 200] = 90.0
         eager = accept(**case, impl="torch")
-        for got, want in zip(compiled(**case, impl="torch"), eager, strict=True):
+        for got, want in zip(compiled(case), eager, strict=True):
             assert got.dtype == want.dtype and got.shape == want.shape
             torch.testing.assert_close(got, want)
         case["logits"][0, 5] = math.nan
-        assert int(compiled(**case, impl="torch").status) == 1
+        assert int(compiled(case).status) == 1
     assert [t.dtype for t in eager] == [torch.int64, torch.int64, torch.int8, torch.float32, torch.int32]
 
 
@@ -197,7 +209,7 @@ def first_tokens(p_logits, q_logits, draws, T):
     q, counts = probs(q_logits, T), torch.zeros(V)
     for _ in range(draws):
         token = sample(q[0], torch.empty(V).exponential_(generator=g))[None]
-        d = accept(torch.zeros(2, 1), p_logits, token, head=None, threshold=torch.tensor(1.0),
+        d = accept(hidden=torch.zeros(2, 1), logits=p_logits, drafted=token, head=None, threshold=torch.tensor(1.0),
                    stop_tokens=torch.empty(0, dtype=torch.int64), temperature=torch.tensor(T), draft_probs=q,
                    uniforms=torch.rand(1, generator=g), exponentials=torch.empty(V).exponential_(generator=g), impl="torch")
         counts[int(token) if d.accept_len else int(d.next_token)] += 1
@@ -257,7 +269,7 @@ def test_kernel_top_k_ties_and_long_candidate_lists(top_k, monkeypatch):
     for row in range(2):  # one draft token exactly at the k-th value, one at the next value below it
         x = case["logits"][row]
         kth = x.topk(top_k).values[-1]
-        case["draft_tokens"][row] = (x == (kth if row == 0 else x[x < kth].max())).nonzero()[-1, 0]
+        case["drafted"][row] = (x == (kth if row == 0 else x[x < kth].max())).nonzero()[-1, 0]
     case["uniforms"][:] = 0.0
     case["threshold"].fill_(1.0)
     decision = accept(**case, impl="triton")
@@ -270,10 +282,10 @@ def test_kernel_argmax_takes_lowest_index_across_splits():
     case = make_case(5, 3, 1823, 9)
     for row, columns in enumerate(([511, 512], [100, 1500], [1822, 3], [700, 1023, 1024])):
         case["logits"][row, columns] = 80.0
-    case["draft_tokens"] = torch.tensor([511, 100, 3], device=DEVICE)
+    case["drafted"] = torch.tensor([511, 100, 3], device=DEVICE)
     decision = accept(**case, impl="triton")
     assert decision.source.tolist() == [1, 1, 1] and int(decision.accept_len) == 3 and int(decision.next_token) == 700
-    case["draft_tokens"] = torch.tensor([512, 1500, 1822], device=DEVICE)
+    case["drafted"] = torch.tensor([512, 1500, 1822], device=DEVICE)
     case["threshold"].fill_(1.0)
     decision = accept(**case, impl="triton")
     assert decision.source.tolist() == [0, 0, 0] and int(decision.next_token) == 511
@@ -284,7 +296,7 @@ def test_kernel_sample_takes_lowest_index_across_splits():
     case = make_case(5, 1, 1823, 9, temperature=1.0)
     case["logits"][:] = 0.0
     case["draft_probs"][:] = 0.0
-    case["draft_tokens"][0], case["uniforms"][0], case["draft_probs"][0, 9] = 9, 0.99, 1.0
+    case["drafted"][0], case["uniforms"][0], case["draft_probs"][0, 9] = 9, 0.99, 1.0
     case["exponentials"][:] = 1.0
     case["exponentials"][[512, 1200, 1201]] = 0.25
     case["threshold"].fill_(1.0)
@@ -305,7 +317,7 @@ class TestRule:
         if temperature is not None:
             case["draft_probs"][torch.arange(K), wrong] = 0.9
             case["uniforms"][:] = 0.5
-        return case | {"head": head, "draft_tokens": wrong, "threshold": torch.tensor(threshold, device=DEVICE),
+        return case | {"head": head, "drafted": wrong, "threshold": torch.tensor(threshold, device=DEVICE),
                        "stop_tokens": torch.empty(0, dtype=torch.int64, device=DEVICE)}
 
     def test_score_equal_to_the_threshold_is_rejected(self, temperature, impl):
@@ -320,12 +332,12 @@ class TestRule:
 
     def test_stop_tokens_are_only_exact(self, temperature, impl):
         case = self.case(temperature, threshold=0.0)
-        case["stop_tokens"] = torch.stack([torch.tensor(699, device=DEVICE), case["draft_tokens"][2]])
-        case["draft_tokens"][1] = case["draft_tokens"][3] = 5  # not a stop; the last is after the cut
+        case["stop_tokens"] = torch.stack([torch.tensor(699, device=DEVICE), case["drafted"][2]])
+        case["drafted"][1] = case["drafted"][3] = 5  # not a stop; the last is after the cut
         decision = accept(**case, impl=impl)
         assert decision.source.tolist()[2] == 0 and int(decision.accept_len) == 2 and decision.source[3] != 0
         best = case["logits"][2].argmax()
-        case["draft_tokens"][2], case["stop_tokens"][0] = best, best
+        case["drafted"][2], case["stop_tokens"][0] = best, best
         if temperature is not None:
             case["uniforms"][2] = 0.0
         decision = accept(**case, impl=impl)
@@ -333,7 +345,7 @@ class TestRule:
 
     def test_exact_wins_over_judge(self, temperature, impl):
         case = self.case(temperature, threshold=0.0)
-        case["draft_tokens"] = case["logits"][:4].argmax(-1)
+        case["drafted"] = case["logits"][:4].argmax(-1)
         if temperature is not None:
             case["uniforms"][:] = 0.0
         assert accept(**case, impl=impl).source.tolist() == [1] * 4
@@ -387,7 +399,7 @@ def test_vocabulary_shards_gathered_between_the_phases(temperature):
     """Two ranks: head on rank 0 only, statistics concatenated, the sampled token from the better (score, index)."""
     case = make_case(2, 4, 1823, 77, temperature=temperature)
     whole, cut = accept(**case, impl="triton"), 1100
-    logits, head, T, d = case["logits"], case["head"], case.get("temperature"), case["draft_tokens"]
+    logits, head, T, d = case["logits"], case["head"], case.get("temperature"), case["drafted"]
     parts = [judge.row_stats(case["hidden"], logits[:, :cut], d, head=head, temperature=T),
              judge.row_stats(case["hidden"], logits[:, cut:], d, head=None, temperature=T, vocab_offset=cut)]
     q = case.get("draft_probs")
@@ -442,6 +454,77 @@ def test_decisions_near_a_threshold_are_rare():
     assert COMPARED["near"] * 10_000 <= COMPARED["tokens"], COMPARED
 
 
+# ---- rules
+
+class Even(Rule):
+    """Keeps even tokens: a rule that the kernel has no branch for."""
+
+    name = "even"
+
+    def score(self, seen):
+        return (seen.drafted % 2 == 0).float()
+
+
+def test_a_rule_sees_what_it_asks_for():
+    """`Verified` as promised, greedy and sampled: whole rows of p only on demand, q and u where they are."""
+    class Watch(Even):
+        def __init__(self, **needs):
+            vars(self).update(needs)
+
+        def score(self, seen):
+            self.seen = seen
+            return super().score(seen)
+
+    for temperature, top_k in ((None, None), (0.8, 7)):
+        case = make_case(3, 6, 50, 8, temperature=temperature, top_k=top_k, device="cpu")
+        del case["head"]
+        for rule in (Watch(), Watch(needs_probs=True)):
+            decision = judge.accept_torch(**case, rule=rule)
+            assert torch.equal(decision.score, (case["drafted"] % 2 == 0).float())
+            assert torch.equal(rule.seen.hidden, case["hidden"]) and torch.equal(rule.seen.drafted, case["drafted"])
+            if temperature or rule.needs_probs:
+                torch.testing.assert_close(rule.seen.probs, probs(case["logits"], temperature or 1.0, top_k))
+            else:
+                assert rule.seen.probs is None
+            assert rule.seen.draft_probs is case.get("draft_probs") and rule.seen.uniforms is case.get("uniforms")
+        exact = judge.accept_torch(**case, rule=Exact()).source == 1
+        kept = (case["drafted"] % 2 == 0) & (case["drafted"] != case["stop_tokens"])
+        assert torch.equal(decision.source, torch.where(exact, 1, torch.where(kept, 2, 0)).to(torch.int8))
+        alone = judge.accept_torch(**case, rule=Watch(overrules=True))
+        assert torch.equal(alone.source, torch.where(kept, 2, 0).to(torch.int8))
+
+
+def test_rules_are_made_by_name(monkeypatch):
+    class Near(Even):
+        name = "near"
+
+        def __init__(self, k: int, ratio: float = 0.5):
+            self.k, self.ratio = k, ratio
+
+    monkeypatch.setitem(judge.RULES, "near", Near)
+    rule = make_rule("near", rule_args={"k": 3}, threshold=0.25)
+    assert (rule.k, rule.ratio, rule.threshold, Near.threshold) == (3, 0.5, 0.25, 0.5)
+    head = make_head(8)
+    assert make_rule("judge", head=head).threshold == 0.5 and type(make_rule("exact")) is Exact
+    for match, arguments in (("rule: got 'far', expected one of exact, judge, near", {"name": "far"}),
+                             ("rule judge: got no judge head", {"name": "judge"}),
+                             ("rule near: got arguments with missing a required", {"name": "near"}),
+                             ("rule near: got arguments with .*'tau'", {"name": "near", "rule_args": {"k": 1, "tau": 2}}),
+                             ("got threshold 1.5, expected a number", {"name": "judge", "head": head, "threshold": 1.5})):
+        with pytest.raises(ValueError, match=match):
+            make_rule(**arguments)
+
+
+def test_accept_runs_the_kernel_on_cuda_for_the_rules_that_it_has(monkeypatch):
+    called = []
+    for name in ACCEPT:
+        monkeypatch.setattr(judge, f"accept_{name}", lambda *_, name=name, **__: called.append(name))
+    for is_cuda in (False, True):
+        for rule in (Exact(), Judge(make_head(8)), Even()):
+            judge.accept(None, SimpleNamespace(is_cuda=is_cuda), None, rule=rule)
+    assert called == ["torch"] * 3 + ["triton", "triton", "torch"]
+
+
 # ---- errors
 
 def test_accept_says_what_does_not_fit(monkeypatch):
@@ -452,31 +535,34 @@ def test_accept_says_what_does_not_fit(monkeypatch):
             accept(**case | change, impl=impl)
 
     fails(r"rows of hidden and logits: got \(3, 4\), expected K \+ 1 = 4", hidden=case["hidden"][1:])
-    fails("rows of hidden", draft_tokens=case["draft_tokens"][:0], hidden=case["hidden"][:1], logits=case["logits"][:1])
+    fails("rows of hidden", drafted=case["drafted"][:0], hidden=case["hidden"][:1], logits=case["logits"][:1])
     fails("hidden size 9 .*trained for target tiny.*this target's 8", head=make_head(9))
     fails("draft_probs, uniforms, exponentials: .*None.*temperature=None for greedy", exponentials=None)
     fails("draft_probs, uniforms, exponentials", uniforms=torch.rand(4))
     fails("top_k: got 0, expected 1 or more", top_k=0)
-    fails("impl: got 'cuda', expected 'torch' or 'triton'", impl="cuda")
     if judge.INTERPRETED:
         fails("hidden: got torch.float64", impl="triton", hidden=case["hidden"].double())
         fails("logits: .*strides", impl="triton", logits=case["logits"].T.contiguous().T)
-        fails("impl='triton': .*K <= 64", impl="triton", **make_case(0, 65, 50, 8, temperature=1.0, device="cpu"))
+        fails(r"accept_triton: got \(65, 50\), expected K <= 64", impl="triton",
+              **make_case(0, 65, 50, 8, temperature=1.0, device="cpu"))
+        fails("drafted: got torch.int32", impl="triton", drafted=case["drafted"].int())
+        with pytest.raises(ValueError, match="accept_triton: got rule even, expected exact or judge; use accept_torch"):
+            judge.accept_triton(**{key: value for key, value in case.items() if key != "head"}, rule=Even())
     monkeypatch.setattr(judge, "INTERPRETED", False)
     got = "tensors on cpu" if judge.triton else "no triton package"
-    fails(f"impl='triton': got {got}, expected triton and a GPU; use impl='torch'", impl="triton")
+    fails(f"accept_triton: got {got}, expected triton and a GPU; use accept_torch", impl="triton")
 
 
 def test_works_without_triton():
     code = ("import sys; sys.modules['triton'] = None\n"
             "import torch, judge\n"
-            "f = dict(head=None, threshold=torch.tensor(.5), stop_tokens=torch.empty(0, dtype=torch.int64))\n"
+            "f = dict(rule=judge.Exact(), threshold=torch.tensor(.5), stop_tokens=torch.empty(0, dtype=torch.int64))\n"
             "x = torch.randn(3, 9), torch.randn(3, 20), torch.tensor([1, 2])\n"
-            "judge.accept(*x, **f, impl='torch')\n"
-            "try: judge.accept(*x, **f, impl='triton')\n"
+            "judge.accept(*x, **f)\n"
+            "try: judge.accept_triton(*x, **f)\n"
             "except ValueError as error: print(error)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "no triton package" in out and "use impl='torch'" in out
+    assert "no triton package" in out and "use accept_torch" in out
 
 
 # ---- the head's file

@@ -1,7 +1,7 @@
-"""tokenizer.py against the libraries that it stands in for, tokenizers and sentencepiece.
+"""tokenizer.py against tokenizers and sentencepiece, each reading the whole file by itself.
 
-Every tokenizer is made here: a small BPE trained by tokenizers, a rank file of the same tokens, sentencepiece
-models. What must be equal is compared with the other library, never with another path of ours alone.
+Every tokenizer is made here: small BPEs trained by tokenizers, a rank file of the same tokens,
+sentencepiece models. tiktoken and tokenizers must agree on the same tokens.
 """
 
 from __future__ import annotations
@@ -9,47 +9,60 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
-from tokenizers import Regex, models, pre_tokenizers, trainers
+import sentencepiece
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
 
 from tokenizer import (
     LLAMA3_SPECIAL_TOKENS,
-    MAX_RUN_CHARS,
+    TIKTOKEN_RUN,
+    TOKENIZERS_RUN,
     Tokenizer,
     gpt2_alphabet,
     split_long_runs,
 )
 
-sentencepiece = pytest.importorskip("sentencepiece")
 jinja2 = pytest.importorskip("jinja2")
 
 SPLIT = (  # of Llama 3's tokenizer.json
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+")
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 CORPUS = [
-    "The judge keeps every token that is correct, and the target writes the next one; that's what we'll see.",
-    "def judge(tokens):\n    return [token for token in tokens if score(token) > 0.5]\n\n\n\tx = 1234 + 5\r",
-    "Der Richter prüft, ob jedes Wort stimmt. Größe, Straße, Öl. Stop, Story. Target Tar. Le juge vérifie.",
+    "The judge keeps every token that is correct, and the target writes the next one; "
+    "that's what we'll see.",
+    "def judge(tokens):\n    return [token for token in tokens if score(token) > 0.5]\n\n\n"
+    "\tx = 1234 + 5\r",
+    "Der Richter prüft, ob jedes Wort stimmt. Größe, Straße, Öl. Stop, Story. Target Tar. "
+    "Le juge vérifie.",
     "судья проверяет каждое слово и решает, верно ли оно. 法官检查每个词是否正确。裁判官は単語を確認する。",
     "القاضي يقرأ الكلمات। न्यायाधीश शब्द पढ़ता है। 판사는 단어를 읽는다 🙂🙂👩‍👩‍👧 🏳️‍🌈 e\u0301e\u0301 a\u0308",
-    "    indented    and    spaced ==== ==== ---- 11 222 3333 44444 \t\t tabs\n\n\n\n new \n \n !!! ??? ...",
+    "    indented    and    spaced ==== ==== ---- 11 222 3333 44444 \t\t tabs\n\n\n\n new \n \n "
+    "!!! ??? ...",
 ]
 TEXTS = [
     "", " ", "a", "\n", "\r\n", "Hello world", " Hello  world ", "it's IT'S we'LL I'Ve 'ſ ’s",
     "he'Stop I'Target", "où, déjà, élève",
-    "1 12 123 1234 12345 ٣٤٥ ½²", "\r\nline\r\n\r\n  next\t\ttab \x0b\x0c\x1c\x1d\x85\xa0\u3000end ",
+    "1 12 123 1234 12345 ٣٤٥ ½²",
+    "\r\nline\r\n\r\n  next\t\ttab \x0b\x0c\x1c\x1d\x85\xa0\u3000end ",
     "naïve Straße ﬁ ǅ ß", "e\u0301\u0302\u0303 क्षि", "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪", "法官检查每个词", "…—“”‘’",
-    "\x00\x01\x7f\x80\xff\ufeff\ufffd\ufffe\U0010ffff", "a" * 3000, " " * 3000, "=" * 999 + "\n" * 999,
-    "7" * 1000, "🙂" * 300, "<|eot_id|>", "x<|begin_of_text|><|eot_id|>\n<|start_header_id|>user",
+    "\x00\x01\x7f\x80\xff\ufeff\ufffd\ufffe\U0010ffff", "a" * 3000, " " * 3000,
+    "=" * 999 + "\n" * 999, "7" * 1000, "🙂" * 300, "<|eot_id|>",
+    "x<|begin_of_text|><|eot_id|>\n<|start_header_id|>user",
     "<|not_a_token|> <|eot_id", "<0x41> ▁ <s></s><unk> ⁇", *CORPUS,
 ]  # fmt: skip
 SENTENCEPIECE_SIZE = {"bpe": 420, "unigram": 190}
 ALPHABETS = [
-    "ab", "abc ", "aab \n", "'sStT ", "12a ", "é日😀 a", "\r\n \t.", "".join(map(chr, range(32, 127)))]
+    "ab", "abc ", "aab \n", "'sStT ", "12a ", "é日😀 a", "\r\n \t.",
+    "".join(map(chr, range(32, 127)))]
 
 
 def random_text(rng: random.Random, length: int) -> str:
@@ -64,17 +77,37 @@ def random_text(rng: random.Random, length: int) -> str:
     return text
 
 
-def train_bpe(texts: list[str], merges: int, *, ignore_merges: bool = True, special: bool = True) -> dict:
-    """What tokenizers writes to tokenizer.json: 256 bytes, merges, and Llama-3.1's special tokens."""
+LLAMA = pre_tokenizers.Sequence([
+    pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+DEEPSEEK = pre_tokenizers.Sequence([
+    *(pre_tokenizers.Split(Regex(rf"{regex}"), "isolated")
+      for regex in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+")),
+    pre_tokenizers.Digits(individual_digits=True),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+FALCON = pre_tokenizers.Sequence([
+    pre_tokenizers.Punctuation("contiguous"), GPT2,
+    pre_tokenizers.Split(Regex("[0-9]{3}"), "isolated")])
+
+
+def train_bpe(texts: list[str], merges: int, *, pre_tokenizer=LLAMA, ignore_merges: bool = True,
+              alphabet: list[str] | None = None, special: tuple[str, ...] = LLAMA3_SPECIAL_TOKENS,
+              special_in_vocab: bool = False) -> dict:
+    """What tokenizers writes to tokenizer.json: bytes, merges, and special tokens after them.
+
+    alphabet: characters that stand for bytes, by default all 256. special_in_vocab: special tokens
+    come first, and the vocabulary lists them too.
+    """
     reference = Reference(models.BPE(ignore_merges=ignore_merges))
-    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    reference.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + merges, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    reference.train_from_iterator(texts, trainer)
-    if special:
-        reference.add_special_tokens(list(LLAMA3_SPECIAL_TOKENS))
+    reference.pre_tokenizer, reference.decoder = pre_tokenizer, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
+    first = list(special) if special_in_vocab else []
+    reference.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=len(first) + len(alphabet) + merges, initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet), special_tokens=first, show_progress=False))
+    reference.add_special_tokens(list(special))
     return json.loads(reference.to_str())
 
 
@@ -90,7 +123,8 @@ def spell(token: bytes) -> str:
 
 def token_bytes(raw: dict) -> dict[int, bytes]:
     alphabet = gpt2_alphabet()
-    return {i: bytes(alphabet[char] for char in token) for token, i in raw["model"]["vocab"].items()}
+    vocab = raw["model"]["vocab"]
+    return {i: bytes(alphabet[char] for char in token) for token, i in vocab.items()}
 
 
 def rank_file(tokens: dict[int, bytes]) -> bytes:
@@ -115,7 +149,7 @@ def raw() -> dict:
 
 @pytest.fixture
 def load(tmp_path) -> Callable[..., Tokenizer]:
-    """`load(content)` or `load(content, name=…)`: the tokenizer of a checkpoint that holds just this file."""
+    """`load(content)` or `load(content, name=…)`: the tokenizer of a checkpoint with this file."""
 
     def write_and_load(content: dict | bytes, name: str = "tokenizer.json") -> Tokenizer:
         file = tmp_path / name
@@ -136,21 +170,23 @@ def llama(raw, tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def piece_model(request) -> bytes:
-    """A sentencepiece model with Llama-2's settings, and one with the library's own: they normalize."""
+    """A sentencepiece model with Llama-2's settings, and one with the library's: they normalize."""
     if request.param == "bpe":
         return train_sentencepiece()
-    return train_sentencepiece(model_type="unigram", byte_fallback=False, normalization_rule_name="nmt_nfkc",
-                               remove_extra_whitespaces=True, allow_whitespace_only_pieces=False)
+    return train_sentencepiece(
+        model_type="unigram", byte_fallback=False, normalization_rule_name="nmt_nfkc",
+        remove_extra_whitespaces=True, allow_whitespace_only_pieces=False)
 
 
 class TestTokenizerJson:
     @pytest.mark.parametrize("ignore_merges", [True, False])
     @pytest.mark.parametrize("spelling", ["pairs", "strings"])
     def test_ids_are_those_of_tokenizers(self, raw, load, ignore_merges, spelling):
-        raw = json.loads(json.dumps(raw))
+        raw = deepcopy(raw)
         raw["model"]["ignore_merges"] = ignore_merges
         assert isinstance(raw["model"]["merges"][0], list)
-        if spelling == "strings":
+        if spelling == "strings":  # as in older files
+            del raw["model"]["type"]
             raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
         tokenizer, rng = load(raw), random.Random(0)
         assert tokenizer.vocab_size == len(raw["model"]["vocab"]) + 256
@@ -160,39 +196,58 @@ class TestTokenizerJson:
             assert ids == expected(text), text
             assert tokenizer.decode(ids) == text
 
-    def test_any_merges_give_the_ids_of_tokenizers_or_are_refused(self, load):
-        """Small random vocabularies, most with merges shuffled, cut off or left out: tokens out of reach."""
-        rng, refused, out_of_reach = random.Random(1), 0, 0
-        for _ in range(60):
-            alphabet = rng.choice(["ab", "abc", "aab \n", "é日😀a "])
-            texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(20)]
-            raw = train_bpe(texts, rng.randint(1, 120), ignore_merges=rng.random() < 0.5, special=False)
-            merges = raw["model"]["merges"]
-            damage = rng.choice(["none", "shuffle", "drop", "cut", "double"])
-            if damage == "shuffle":
-                rng.shuffle(merges)
-            elif damage == "drop" and merges:
-                del merges[rng.randrange(len(merges))]
-            elif damage == "cut":
-                del merges[rng.randint(0, len(merges)):]
-            elif damage == "double":  # another way to a token that has one
-                vocab = raw["model"]["vocab"]
-                merges += [[t[:1], t[1:]] for t in vocab if len(t) > 2 and t[1:] in vocab]
-            try:
-                tokenizer = load(raw)
-            except ValueError as error:
-                assert "without a merge" in str(error) and raw["model"]["ignore_merges"] and damage != "none"
-                refused += 1
-                continue
-            expected = reference_encoder(raw)
-            for _ in range(40):
-                text = "".join(rng.choices(alphabet, k=rng.randint(0, 40)))
-                assert tokenizer.encode(text) == expected(text), (text, damage)
-            out_of_reach += damage in ("drop", "cut")
-        assert refused > 5 and out_of_reach > 5  # both kinds were met
+    @pytest.mark.parametrize("name, pre_tokenizer", [
+        ("SmolLM2", SMOLLM), ("GPT-2", GPT2), ("DeepSeek", DEEPSEEK), ("Falcon3", FALCON)])
+    def test_pre_tokenizers_of_other_models(self, load, name, pre_tokenizer):
+        """Special tokens come first and are in the vocabulary, as SmolLM2's and GPT-2's."""
+        special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>")
+        raw = train_bpe(CORPUS * 3, 400, pre_tokenizer=pre_tokenizer, ignore_merges=False,
+                        special=special, special_in_vocab=True)
+        if name == "DeepSeek":
+            raw["normalizer"] = {"type": "Sequence", "normalizers": []}
+        if name == "GPT-2":
+            del raw["pre_tokenizer"]["use_regex"]  # true is the default
+        raw["post_processor"] = json.loads(processors.ByteLevel(trim_offsets=True).__getstate__())
+        assert raw["model"]["vocab"]["<|im_end|>"] == 2 == raw["added_tokens"][2]["id"]
+        tokenizer, rng = load(raw), random.Random(11)
+        expected, with_special = reference_encoder(raw), reference_encoder(raw, allow_special=True)
+        assert tokenizer.vocab_size == len(raw["model"]["vocab"]) and not tokenizer.has_chat
+        assert tokenizer.special_tokens == {name: i for i, name in enumerate(special)}
+        for text in TEXTS + [random_text(rng, 60) for _ in range(200)]:
+            ids = tokenizer.encode(text, bos=True)
+            assert ids == expected(text), text
+            assert tokenizer.decode(ids) == text
+        for text in (" <|im_start|>user\n1 + 22<|im_end|>\n", "<|im_start|><|im_end|>x"):
+            assert tokenizer.encode(text, allow_special=True) == with_special(text)
+            assert not set(tokenizer.encode(text)) & {0, 1, 2, 3}
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_split_as_the_models_do(self, load):
+        """What the pre-tokenizers of the test above must differ in, spelled out."""
+        for pre_tokenizer, pieces in ((LLAMA, ["a", " ", "123", "4"]), (GPT2, ["a", " 1234"]),
+                                      (SMOLLM, ["a", " ", "1", "2", "3", "4"])):
+            raw = train_bpe(["123 1234 123 1234 1234"] * 9, 9, pre_tokenizer=pre_tokenizer)
+            tokenizer = load(raw)
+            assert [tokenizer.decode([i]) for i in tokenizer.encode("a 1234")] == pieces
+
+    def test_only_model_and_pre_tokenizer_act_on_text(self, raw, llama, load):
+        """A post-processor that adds BOS, truncation and padding are not for plain text."""
+        raw, text = deepcopy(raw), "The judge keeps every token."
+        bos = raw["added_tokens"][0]
+        template = processors.TemplateProcessing(
+            single=f"{bos['content']} $A", special_tokens=[(bos["content"], bos["id"])])
+        raw["post_processor"] = json.loads(template.__getstate__())
+        raw["truncation"] = {
+            "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+        raw["padding"] = {
+            "strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+        reference = Reference.from_str(json.dumps(raw))
+        assert reference.encode(text).ids[0] == bos["id"] and len(reference.encode(text).ids) == 99
+        assert load(raw).encode(text) == llama.encode(text)
 
     def test_ids_need_not_follow_the_merges(self, raw, load):
-        raw = json.loads(json.dumps(raw))
+        raw = deepcopy(raw)
         vocab = raw["model"]["vocab"]
         ids = list(vocab.values())
         random.Random(2).shuffle(ids)
@@ -203,7 +258,7 @@ class TestTokenizerJson:
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
     def test_gaps_between_ids(self, raw, llama, load):
-        raw = json.loads(json.dumps(raw))
+        raw = deepcopy(raw)
         raw["model"]["vocab"] = {token: 3 * i for token, i in raw["model"]["vocab"].items()}
         for token in raw["added_tokens"]:
             token["id"] += 3000
@@ -212,12 +267,13 @@ class TestTokenizerJson:
         for text in CORPUS:
             assert tokenizer.encode(text) == [3 * i for i in llama.encode(text)]
             assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.token_bytes(1) == b"" and tokenizer.decode([0, 1, 2, 3]) == tokenizer.decode([0, 3])
+        assert tokenizer.token_bytes(1) == b""
+        assert tokenizer.decode([0, 1, 2, 3]) == tokenizer.decode([0, 3])
 
     @pytest.mark.parametrize("ignore_merges", [True, False])
     def test_token_that_no_merge_makes(self, raw, load, ignore_merges):
         """A whole word to `ignore_merges`, unused otherwise; never a part of a longer word."""
-        raw = json.loads(json.dumps(raw))
+        raw = deepcopy(raw)
         raw["model"]["ignore_merges"] = ignore_merges
         raw["model"]["vocab"]["zqzqx"] = raw["added_tokens"][-1]["id"] + 1
         tokenizer, expected = load(raw), reference_encoder(raw)
@@ -227,23 +283,56 @@ class TestTokenizerJson:
         assert tokenizer.decode([tokenizer.vocab_size - 1]) == "zqzqx"
 
     def test_special_token_in_the_vocabulary_is_no_text(self, raw, load):
-        """GPT-2 lists its <|endoftext|> in both places. Text must not reach it as a whole word either."""
-        raw = json.loads(json.dumps(raw))
-        end = {**raw["added_tokens"][0], "content": "endmark", "id": raw["added_tokens"][-1]["id"] + 1}
-        raw["added_tokens"].append(end)
-        raw["model"]["vocab"]["endmark"] = end["id"]
+        """GPT-2 lists its <|endoftext|> in both places. No whole word may reach it either."""
+        raw = deepcopy(raw)
+        end_id = raw["added_tokens"][-1]["id"] + 1
+        raw["added_tokens"].append({**raw["added_tokens"][0], "content": "endmark", "id": end_id})
+        raw["model"]["vocab"]["endmark"] = end_id
         tokenizer = load(raw)
-        assert end["id"] not in tokenizer.encode("endmark")
-        assert tokenizer.encode("endmark", allow_special=True) == [end["id"]]
+        assert end_id not in tokenizer.encode("endmark")
+        assert tokenizer.decode(tokenizer.encode("endmark")) == "endmark"
+        assert tokenizer.encode("endmark", allow_special=True) == [end_id]
 
-    def test_split_regex_comes_from_the_file(self, raw, load):
-        """This one leaves text unmatched between its matches, which no library may lose."""
-        raw = json.loads(json.dumps(raw))
-        raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\p{L}+|\d"}
+    @pytest.mark.parametrize("regex", [r"\p{L}+|\d", "", "a*", "(?=e)"])
+    def test_split_regex_comes_from_the_file(self, raw, load, regex):
+        """These leave text unmatched or match nothing at all, which no library may lose."""
+        raw = deepcopy(raw)
+        raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": regex}
         tokenizer, expected, rng = load(raw), reference_encoder(raw), random.Random(3)
         for text in TEXTS + [random_text(rng, 40) for _ in range(50)]:
             assert tokenizer.encode(text) == expected(text)
             assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_vocabulary_that_lacks_bytes(self, load):
+        """SmolLM2's lacks 21. Hugging Face drops them from text; gavel names the character."""
+        lacking = b"\x04\xf1" + bytes(range(0xF5, 0x100))
+        alphabet = [char for char, byte in gpt2_alphabet().items() if byte not in lacking]
+        raw = train_bpe(CORPUS, 100, pre_tokenizer=SMOLLM, alphabet=alphabet)
+        tokenizer, expected = load(raw), reference_encoder(raw)
+        assert tokenizer.vocab_size == len(alphabet) + 100 + 256
+        for text in CORPUS:
+            assert tokenizer.encode(text) == expected(text)
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        for char in ("\x04", "\U00051234"):
+            assert tokenizer.decode(expected(f"é{char}b")) != f"é{char}b"
+            with pytest.raises(ValueError, match="in a text, expected characters that"):
+                tokenizer.encode(f"é{char}b")
+        raw["model"]["unk_token"] = "<|end_of_text|>"
+        for lossy in (tokenizer, load(raw)):
+            with pytest.raises(ValueError, match=r"got '\\x04' in a text, .*tokenizer.json has"):
+                lossy.encode("日本 abc\x04\x04 def")
+
+    def test_no_warning_in_a_forked_child(self, raw, load):
+        load(raw)
+        code = ("import os\nfrom tokenizer import Tokenizer\n"
+                f"tokenizer = Tokenizer.from_checkpoint({str(load.directory)!r})\n"
+                "ids = tokenizer.encode('The judge')\nchild = os.fork()\n"
+                "assert tokenizer.encode('The judge') == ids\n"
+                "if child: assert os.waitpid(child, 0)[1] == 0\n")
+        env = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
+                              cwd=Path(__file__).parent.parent, timeout=60)
+        assert done.returncode == 0 and "TOKENIZERS_PARALLELISM" not in done.stderr, done.stderr
 
 
 class TestTiktoken:
@@ -260,7 +349,7 @@ class TestTiktoken:
         swapped = rank_file({**tokens, 100: tokens[101], 101: tokens[100]})
         prints = [llama.fingerprint, load(swapped, "tokenizer.model").fingerprint]
         (load.directory / "tokenizer.model").unlink()
-        renamed, plain = json.loads(json.dumps(raw)), json.loads(json.dumps(raw))
+        renamed, plain = deepcopy(raw), deepcopy(raw)
         renamed["added_tokens"][5]["content"] = "<|step_id|>"
         token = plain["added_tokens"].pop()
         plain["model"]["vocab"][token["content"]] = token["id"]  # same bytes, less special
@@ -274,12 +363,14 @@ class TestTiktoken:
         tokens += [bytes([i, j, k]) for i in range(4) for j in range(256) for k in range(256)]
         tokenizer = load(rank_file(dict(enumerate(tokens[:128_000]))), "original/tokenizer.model")
         special = tokenizer.special_tokens
-        assert tokenizer.vocab_size == 128_256 and tokenizer.bos_id == 128_000 and tokenizer.has_chat
+        assert tokenizer.vocab_size == 128_256 and tokenizer.bos_id == 128_000
+        assert tokenizer.has_chat
         assert sorted(special.values()) == list(range(128_000, 128_256))
         by_id = {i: name for name, i in special.items()}
         assert [by_id[i] for i in range(128_000, 128_012)] == [
-            "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-            "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+            "<|begin_of_text|>", "<|end_of_text|>",
+            "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+            "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
             "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
             "<|python_tag|>", "<|reserved_special_token_3|>"]
         assert all(by_id[128_008 + i] == f"<|reserved_special_token_{i}|>" for i in range(3, 248))
@@ -288,7 +379,7 @@ class TestTiktoken:
     def test_bytes_are_merged_by_rank(self, load):
         tokens = [bytes([i]) for i in range(256)] + [b"bc", b"ab", b"abc", b"bcd"]
         tokenizer = load(rank_file(dict(enumerate(tokens))), "tokenizer.model")
-        assert tokenizer.encode("xabcx") == [ord("x"), 258, ord("x")]  # a and bc: any two parts will do
+        assert tokenizer.encode("xabcx") == [ord("x"), 258, ord("x")]  # a and bc: any parts will do
         assert tokenizer.encode("abcd") == [258, ord("d")]
 
 
@@ -299,24 +390,37 @@ class TestEncode:
         rng = random.Random(4)
         for _ in range(200):
             data = rng.randbytes(rng.randint(0, 30))
-            assert llama.decode([single[bytes([byte])] for byte in data]) == data.decode("utf-8", "replace")
+            ids = [single[bytes([byte])] for byte in data]
+            assert llama.decode(ids) == data.decode("utf-8", "replace")
 
-    def test_long_runs(self, llama):
+    def test_long_runs(self, llama, raw, load):
         """Without the cut, a million spaces are too many for the stack of tiktoken's regex."""
-        for text in (" " * 1_000_000, *(char * 60_000 for char in "a\n=7é\x1c日")):
-            assert llama.decode(llama.encode(f"start{text}end")) == f"start{text}end"
+        ranks = load(rank_file(token_bytes(raw)), "tokenizer.model")
+        texts = [" " * 1_000_000, "a" * 1_000_000, *(char * 60_000 for char in "\n=7é\x1c日")]
+        for tokenizer in (llama, ranks):
+            for text in texts:
+                assert tokenizer.decode(tokenizer.encode(f"start{text}end")) == f"start{text}end"
 
     def test_only_longer_runs_are_cut(self, raw, llama):
-        longest = "a" * MAX_RUN_CHARS
-        spaces, words = " " * MAX_RUN_CHARS, "ab c\n" * MAX_RUN_CHARS
+        longest = "a" * TIKTOKEN_RUN
+        spaces, words = " " * TIKTOKEN_RUN, "ab c\n" * TIKTOKEN_RUN
         for text in (longest, f"{longest} {longest}", spaces + longest, words):
-            assert list(split_long_runs(text)) == [text]
-        assert [len(part) for part in split_long_runs("b " + longest * 2 + "c d")] == [
-            2 + MAX_RUN_CHARS, MAX_RUN_CHARS, 3]
-        mixed = "\x1c!" * MAX_RUN_CHARS  # one run to tiktoken; Python alone would see whitespace in it
-        assert [len(part) for part in split_long_runs(mixed)] == [MAX_RUN_CHARS, MAX_RUN_CHARS]
-        text = (CORPUS[0] + " " + "ab" * 12_000 + "\n") * 5
-        assert llama.encode(text) == reference_encoder(raw)(text)
+            assert list(split_long_runs(text, TIKTOKEN_RUN)) == [text]
+        cut = split_long_runs("b " + longest * 2 + "c d", TIKTOKEN_RUN)
+        assert [len(part) for part in cut] == [2 + TIKTOKEN_RUN, TIKTOKEN_RUN, 3]
+        mixed = "\x1c!" * TIKTOKEN_RUN  # one run to tiktoken; Python alone sees whitespace in it
+        assert [len(part) for part in split_long_runs(mixed, TIKTOKEN_RUN)] == [TIKTOKEN_RUN] * 2
+
+    def test_tokenizers_gets_runs_of_a_million_whole(self, raw, llama):
+        """Cut where tiktoken's are cut, the ids would not be Hugging Face's."""
+        expected = reference_encoder(raw)
+        word = max((name for name in raw["model"]["vocab"] if name.isascii()), key=len)
+        text = word * (TOKENIZERS_RUN // len(word))
+        cut = [i for part in split_long_runs(text, TIKTOKEN_RUN) for i in expected(part)]
+        assert llama.encode(text) == expected(text) != cut
+        spaces = " " * TOKENIZERS_RUN
+        assert llama.encode(f"{spaces}x") == expected(f"{spaces}x")
+        assert len(list(split_long_runs(spaces * 2 + " ", TOKENIZERS_RUN))) == 3
 
     def test_lone_surrogates(self, llama, piece_model, load):
         for tokenizer in (llama, load(piece_model, "tokenizer.model")):
@@ -333,8 +437,9 @@ class TestEncode:
 
     def test_special_tokens_when_asked_for(self, raw, llama):
         expected, rng = reference_encoder(raw, allow_special=True), random.Random(5)
+        choices = [*LLAMA3_SPECIAL_TOKENS, "<|", "|>", "a b", " ", "\n"]
         for _ in range(100):
-            parts = [rng.choice([*LLAMA3_SPECIAL_TOKENS, "<|", "|>", "a b", " ", "\n"]) for _ in range(8)]
+            parts = rng.choices(choices, k=8)
             ids = llama.encode("".join(parts), allow_special=True)
             assert ids == expected("".join(parts))
             assert llama.decode(ids) == "".join(parts)
@@ -342,7 +447,7 @@ class TestEncode:
             assert llama.decode(ids, skip_special=True) == "".join(plain)
 
     def test_the_longest_name_wins(self, raw, load):
-        raw = json.loads(json.dumps(raw))
+        raw = deepcopy(raw)
         last = raw["added_tokens"][-1]
         raw["added_tokens"] += [{**last, "content": "<x>", "id": last["id"] + 1},
                                 {**last, "content": "<x><y>", "id": last["id"] + 2}]
@@ -358,8 +463,10 @@ class TestEncode:
 
     @pytest.mark.parametrize("token_id", [-1, 912, 10**9])
     def test_id_outside_the_vocabulary(self, llama, token_id):
-        for call in (llama.token_bytes, lambda i: llama.decode([i]), lambda i: llama.stream().push([i])):
-            with pytest.raises(ValueError, match=f"got token id {token_id}, expected 0 to 911. Is this the"):
+        message = f"got token id {token_id}, expected 0 to 911. Is this the"
+        for call in (llama.token_bytes, lambda i: llama.decode([i]),
+                     lambda i: llama.stream().push([i])):
+            with pytest.raises(ValueError, match=message):
                 call(token_id)
 
 
@@ -367,7 +474,8 @@ class TestSentencepiece:
     def test_ids_and_text_are_those_of_sentencepiece(self, piece_model, load):
         tokenizer = load(piece_model, "tokenizer.model")
         model, rng = sentencepiece.SentencePieceProcessor(model_proto=piece_model), random.Random(6)
-        assert tokenizer.vocab_size == model.get_piece_size() and tokenizer.bos_id == model.bos_id() == 1
+        assert tokenizer.vocab_size == model.get_piece_size()
+        assert tokenizer.bos_id == model.bos_id() == 1
         assert tokenizer.special_tokens == {"<s>": 1, "</s>": 2} and not tokenizer.has_chat
         for text in TEXTS + [random_text(rng, 60) for _ in range(200)]:
             ids = tokenizer.encode(text)
@@ -405,7 +513,7 @@ class TestStream:
             assert first + second + decoder.flush() == text and text.startswith(first)
         decoder = llama.stream()
         pushed = [decoder.push([i]) for i in ids]
-        assert "".join(pushed) == text and set(pushed) == {"", *text}  # a character at a time, whole
+        assert "".join(pushed) == text and set(pushed) == {"", *text}  # one whole character a time
 
     def test_joined_text_is_decode(self, llama, piece_model, load):
         """Over random ids, most of which are no UTF-8, cut anywhere."""
@@ -445,9 +553,10 @@ class TestStream:
 # Llama 3's, as in its tokenizer_config.json; that of 3.1 adds a date header and tools.
 LLAMA3_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] "
-    "| trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
-    "{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+    "message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
 
@@ -460,10 +569,11 @@ class TestChat:
     ]
 
     def test_sequence_of_ids(self, llama):
-        messages = [{"role": "system", "content": "You judge."}, {"role": "user", "content": " Hi\n"}]
+        messages = [{"role": "system", "content": "You judge."},
+                    {"role": "user", "content": " Hi\n"}]
         ids, special = llama.encode_chat(messages), llama.special_tokens
-        bos, eot, end = special["<|begin_of_text|>"], special["<|eot_id|>"], special["<|end_header_id|>"]
-        start = special["<|start_header_id|>"]
+        bos, eot = special["<|begin_of_text|>"], special["<|eot_id|>"]
+        start, end = special["<|start_header_id|>"], special["<|end_header_id|>"]
         assert ids == [
             bos, start, *llama.encode("system"), end, *llama.encode("\n\nYou judge."), eot,
             start, *llama.encode("user"), end, *llama.encode("\n\nHi"), eot,
@@ -474,10 +584,10 @@ class TestChat:
         expected, rng = reference_encoder(raw, allow_special=True), random.Random(9)
         template = jinja2.Environment().from_string(LLAMA3_TEMPLATE)
         for _ in range(30):
-            messages = [{**m, "content": m["content"] + random_text(rng, 10)} for m in self.MESSAGES]
-            messages += self.MESSAGES
-            text = template.render(
-                messages=messages, bos_token="<|begin_of_text|>", add_generation_prompt=add_generation_prompt)
+            messages = [{**message, "content": message["content"] + random_text(rng, 10)}
+                        for message in self.MESSAGES] + self.MESSAGES
+            text = template.render(messages=messages, bos_token="<|begin_of_text|>",
+                                   add_generation_prompt=add_generation_prompt)
             ids = llama.encode_chat(messages, add_generation_prompt=add_generation_prompt)
             assert ids == expected(text)
 
@@ -497,15 +607,18 @@ class TestChat:
         assert whole == first + rest[:1] + user + llama.encode_turn("assistant")
 
     def test_errors(self, raw, llama, load):
-        with pytest.raises(ValueError, match="got the role 'tool', expected one of system, user, assistant"):
+        message = "got the role 'tool', expected one of system, user, assistant"
+        with pytest.raises(ValueError, match=message):
             llama.encode_chat([{"role": "tool", "content": "x"}])
         with pytest.raises(ValueError, match="got a message with content None, expected text"):
             llama.encode_chat([{"role": "assistant", "content": None}])
-        raw = json.loads(json.dumps(raw))
-        raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] != "<|end_header_id|>"]
+        raw = deepcopy(raw)
+        raw["added_tokens"] = [
+            token for token in raw["added_tokens"] if token["content"] != "<|end_header_id|>"]
         base = load(raw)
         assert not base.has_chat and llama.has_chat
-        with pytest.raises(ValueError, match="without <|start_header_id|>.* Encode the prompt as raw text"):
+        message = r"without <\|start_header_id\|>.* Encode the prompt as raw text"
+        with pytest.raises(ValueError, match=message):
             base.encode_chat([{"role": "user", "content": "x"}])
 
 
@@ -517,82 +630,212 @@ class TestFiles:
         assert load(piece_model, "tokenizer.model").special_tokens == {"<s>": 1, "</s>": 2}
 
     def test_content_decides_not_the_name(self, raw, llama, piece_model, load):
-        assert load(b" \n" + json.dumps(raw).encode(), "tokenizer.model").fingerprint == llama.fingerprint
+        content = b" \n" + json.dumps(raw).encode()
+        assert load(content, "tokenizer.model").fingerprint == llama.fingerprint
         (load.directory / "tokenizer.model").unlink()
-        assert load(rank_file(token_bytes(raw)).replace(b"\n", b"\r\n")).fingerprint == llama.fingerprint
+        content = rank_file(token_bytes(raw)).replace(b"\n", b"\r\n")
+        assert load(content).fingerprint == llama.fingerprint
         assert load(piece_model).special_tokens == {"<s>": 1, "</s>": 2}
 
     def test_no_tokenizer(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="a directory with none of them, expected tokenizer"):
+        with pytest.raises(FileNotFoundError, match="a directory with none of them, expected tok"):
             Tokenizer.from_checkpoint(tmp_path)
         with pytest.raises(FileNotFoundError, match="nowhere: got no such directory, .* Copy the"):
             Tokenizer.from_checkpoint(tmp_path / "nowhere")
 
     @pytest.mark.parametrize("content, message", [
         (b"", r"got b'', expected tiktoken's ranks, a sentencepiece model or a tokenizer.json"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", r"got b'version https.*pointer only names it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "got b'version .*git-lfs pointer"),
         (b"\x80\x02pickle", r"got b'\\x80.*Download the file itself"),
-        (b"\n\xff\xff\xff\xff garbage", r"got no sentencepiece model .*Download the file again"),
+        (b"\n\xff\xff\xff\xff garbage", "got RuntimeError: .* a whole tokenizer. Download"),
         (b"IQ== 0\nIg==\n", r"got line 2: b'Ig==', expected a token in base64 and its rank"),
         (b"IQ== 0\nIg= 1\n", r"got line 2: b'Ig= 1', expected a token in base64"),
         (b"IQ== 0\nIg== 2\n", r"got 2 tokens with ranks 0 to 2, expected each from 0 on once"),
-        (b"IQ== 0\nIg== 1\n", r"got no token for 254 bytes \(0x0 …\), expected one for each of the 256"),
-        (b'{"model": ', r"got JSONDecodeError: .*expected JSON of a Hugging Face tokenizer. Download"),
-        (b'{"version": "1.0"}', r"got KeyError: 'model', expected JSON of a Hugging Face tokenizer"),
-        (b'{"model": {"type": "Unigram", "vocab": [["a", 0]]}}', "got model.type 'Unigram', expected 'BPE'."),
-        (b'{"model": {"type": "WordPiece", "vocab": {"a": 0}}}', "got model.type 'WordPiece', .*put the"),
+        (b"IQ== 0\nIg== 1\n", r"got no token for 254 bytes \(0x0 …\), expected one for each of"),
+        (b'{"model": ', r"got JSONDecodeError: .*expected a whole tokenizer. Download"),
+        (b'{"version": "1.0"}', r"got KeyError: 'model', expected a whole tokenizer"),
+        (b'{"model": {"type": "BPE"}}', r"got pre_tokenizer {}, expected one ByteLevel"),
+        (b'{"model": {"type": "Unigram", "vocab": [["a", 0]]}}', 'model.type "Unigram", .* BPE'),
+        (b'{"model": {"type": "WordPiece", "vocab": {"a": 0}}}', 'model.type "WordPiece", .*Put'),
+        (b'{"model": {"type": "BPE", "vocab": {}, "byte_fallback": true}}', "byte_fallback true"),
+        (b'{"model": {}, "pre_tokenizer": ' + b"[" * 10_000, "got .*, expected a whole tokenizer"),
+        (b'{"model": {}, "decoder": ' + b'{"a":' * 10_000 + b"1" + b"}" * 10_001,
+         "got RecursionError: .*, expected a whole tokenizer|got pre_tokenizer"),
+        (b'{"model": {"vocab": {"\xff": 1}}}', "got UnicodeDecodeError: .* a whole token"),
     ])  # fmt: skip
     def test_unreadable_content(self, load, content, message):
         with pytest.raises(ValueError, match=message):
             load(content, "tokenizer.model")
 
     @pytest.mark.parametrize("key, value, message", [
-        ("normalizer", {"type": "NFC"}, 'got normalizer {"type": "NFC"}, expected none. gavel reads'),
-        ("pre_tokenizer", None, "got pre_tokenizer null, expected a Split by Regex"),
-        ("pre_tokenizer", {"type": "Metaspace"}, 'got pre_tokenizer {"type": "Metaspace"}, expected a Split'),
-        ("pre_tokenizer", {"type": "ByteLevel", "use_regex": True}, 'got pre_tokenizer {"type": "ByteLevel"'),
-        ("model.dropout", 0.1, "got dropout 0.1, expected none"),
-        ("model.end_of_word_suffix", "</w>", 'got end_of_word_suffix "</w>", expected none'),
-        ("model.vocab.\u2581the", 9999, "got '\u2581' in model.vocab, expected only GPT-2's alphabet"),
-        ("model.vocab.zzzz", 300, "got ids that are negative, no integers or not unique, expected"),
+        ("normalizer", {"type": "NFC"}, 'got normalizer {"type": "NFC"}, expected none. Put the'),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "got normalizer"),
+        ("normalizer", {"type": "Prepend", "prepend": "▁"}, "got normalizer .* expected none"),
+        ("normalizer", "NFC", 'got normalizer "NFC", expected none'),
+        ("pre_tokenizer", None, "got pre_tokenizer {}, expected one ByteLevel, no added space"),
+        ("pre_tokenizer", {"type": "Metaspace"}, 'pre_tokenizer {"type": "Metaspace"}, expected'),
+        ("pre_tokenizer", {"type": "Whitespace"}, "got pre_tokenizer .* expected one ByteLevel"),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "got pre_tokenizer"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": 5}, "got TypeError: .* a whole"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": ["a"]}, "got AttributeError"),
+        ("pre_tokenizer", {"type": "ByteLevel"}, "got Exception: missing field .* a whole"),
+        ("pre_tokenizer", [[]], "got AttributeError: .* expected a whole tokenizer"),
+        ("decoder", None, "got decoder null, expected a ByteLevel. Put the tokenizer.model"),
+        ("decoder", {"type": "Sequence", "decoders": []}, "got decoder .* expected a ByteLevel"),
+        ("decoder", {"type": "Metaspace"}, "got decoder .* expected a ByteLevel"),
+        ("model", [], "got AttributeError: .*, expected a whole tokenizer"),
+        ("model.dropout", 0.1, "got model.dropout 0.1, expected none"),
+        ("model.end_of_word_suffix", "</w>", 'got model.end_of_word_suffix "</w>", expected none'),
+        ("model.continuing_subword_prefix", "é", "got model.continuing_subword_prefix"),
+        ("model.ignore_merges", "x", "got Exception: .* expected a whole tokenizer"),
+        ("model.vocab", [["a", 1]], "got AttributeError: .* expected a whole tokenizer"),
+        ("model.vocab.▁the", 9999, r"got \['▁'\] in model.vocab, expected GPT-2's alphabet. Put"),
+        ("model.vocab.zzzz", 300, "got ids that are negative, huge, no integers or not unique"),
         ("model.vocab.zzzz", -1, "got ids that are negative"),
-        ("model.vocab.zzzz", "7", "got ids that are negative, no integers"),
-        ("model.merges", [["a", "qqq"]], r"got merges with \['aqqq', 'qqq'\], expected tokens of"),
-        ("model.vocab", {"a": 0}, r"got merges with .*expected tokens of model.vocab"),
-        ("split", "(", "got the split regex .* expected one that tiktoken compiles"),
+        ("model.vocab.zzzz", 2**40, "got ids that are negative, huge"),
+        ("model.vocab.zzzz", "7", "got ids that are negative, huge, no integers"),
+        ("model.vocab.zzzz", [7], "got ids that are negative, huge, no integers"),
+        ("model.vocab.zzzz", True, "got ids that are negative, huge, no integers"),
+        ("model.vocab.<|eot_id|>", 9999, "got ids that are .* not unique"),
+        ("model.vocab", {"a": 0}, "got Exception: Token .* out of vocabulary"),
+        ("model.merges", [["a", "qqq"]], "got Exception: Token `qqq` out of vocabulary"),
+        ("model.merges", [["a"]], "got Exception: .* expected a whole tokenizer"),
+        ("model.merges", ["a b c"], "got Exception: .* expected a whole tokenizer"),
+        ("model.merges", [5], "got Exception: .* expected a whole tokenizer"),
+        ("model.merges", 5, "got Exception: .* expected a whole tokenizer"),
+        ("model.merges", None, "got Exception: .* expected a whole tokenizer"),
+        ("added_tokens", 5, "got TypeError: .* expected a whole tokenizer"),
+        ("added_tokens", ["<x>"], "got TypeError: .* expected a whole tokenizer"),
+        ("added_tokens", [None], "got TypeError: .* expected a whole tokenizer"),
+        ("added_tokens", {"<x>": 5}, "got TypeError: .* expected a whole tokenizer"),
+        ("added_tokens", [{"content": "<x>"}], "got KeyError: 'id', expected a whole tokenizer"),
+        ("added_tokens", [{"content": 5, "id": 999}], "got TypeError: .* a whole tokenizer"),
+        ("added_tokens", [{"content": [], "id": 999}], "got TypeError: .* a whole tokenizer"),
+        ("added_tokens", [{"content": "<x>", "id": -1}], "got ids that are negative"),
+        ("added_tokens", [{"content": "<x>", "id": 2**31}], "got ids that are negative, huge"),
+        ("added_tokens", [{"content": "<x>", "id": 1.0}], "got ids that are .* no integers"),
+        ("added_tokens", [{"content": "<x>", "id": 0}], "got ids that are .* not unique"),
+        ("added_tokens", [{"content": "<x>", "id": i} for i in (998, 999)], "ids .* not unique"),
+        ("added_tokens", [{"content": "<x>", "id": 999}] * 2, "got ids that are .* not unique"),
+        ("added_tokens", [{"content": "\n ", "id": 999}], "got a blank added token, expected none"),
+        ("added_tokens", [{"content": "", "id": 999}], "got a blank added token, expected none"),
+        ("added_tokens", [{"content": "<\ud800>", "id": 999}], "UnicodeEncodeError: .* a whole"),
     ])  # fmt: skip
     def test_unsupported_tokenizer_json(self, raw, load, key, value, message):
-        raw = json.loads(json.dumps(raw))
+        """Other kinds of tokenizer, damaged and hostile files: always a message."""
+        raw = deepcopy(raw)
         *path, last = key.split(".")
         place = raw
         for name in path:
             place = place[name]
-        if key == "split":
-            raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = value
-        else:
-            place[last] = value
+        place[last] = value
         with pytest.raises(ValueError, match=message) as error:
             load(raw)
         assert str(error.value).startswith(str(load.directory / "tokenizer.json"))
+        assert len(str(error.value)) < 700
+
+    @pytest.mark.parametrize("change, message", [
+        ({"behavior": "Removed"}, "got pre_tokenizer .* expected one ByteLevel, .* all text kept"),
+        ({"behavior": "removed"}, "got Exception: .* expected a whole tokenizer"),
+        ({"behavior": []}, "got Exception: .* expected a whole tokenizer"),
+        ({"add_prefix_space": True}, "got pre_tokenizer .* expected one ByteLevel, no added space"),
+        ({"type": "ByteLevel", "add_prefix_space": False}, "got pre_tokenizer .* one ByteLevel"),
+        ({"pattern": {"Regex": "("}}, "got Exception: Oniguruma error: .* expected a whole"),
+        ({"pattern": {"Regex": None}}, "got Exception: .* expected a whole tokenizer"),
+        ({"pattern": 5}, "got Exception: .* expected a whole tokenizer"),
+        ({"type": ["Split"]}, "got pre_tokenizer .* expected one ByteLevel"),
+        ({"type": "Sequence", "pretokenizers": []}, "got pre_tokenizer .* expected one ByteLevel"),
+    ])  # fmt: skip
+    def test_unsupported_split(self, raw, load, change, message):
+        raw = deepcopy(raw)
+        split, byte_level = raw["pre_tokenizer"]["pretokenizers"]
+        (byte_level if "add_prefix_space" in change and len(change) == 1 else split).update(change)
+        with pytest.raises(ValueError, match=message):
+            load(raw)
 
     @pytest.mark.parametrize("change", [
-        {"behavior": "Removed"}, {"invert": True}, {"pattern": {"String": " "}}, {"add_prefix_space": True},
-        {"use_regex": True}])  # fmt: skip
-    def test_unsupported_pre_tokenizer(self, raw, load, change):
-        raw = json.loads(json.dumps(raw))
+        {"invert": True}, {"pattern": {"String": " "}}, {"pattern": {"String": ""}},
+        {"behavior": "MergedWithPrevious"}, {"behavior": "Contiguous"}, {"use_regex": True},
+    ])  # fmt: skip
+    def test_any_split_that_keeps_text(self, raw, load, change):
+        raw = deepcopy(raw)
         split, byte_level = raw["pre_tokenizer"]["pretokenizers"]
-        (byte_level if change.keys() & byte_level.keys() else split).update(change)
-        with pytest.raises(ValueError, match="got pre_tokenizer .* expected a Split by Regex, Isolated,"):
-            load(raw)
+        (byte_level if "use_regex" in change else split).update(change)
+        tokenizer, expected = load(raw), reference_encoder(raw)
+        for text in TEXTS:
+            assert tokenizer.encode(text) == expected(text)
+            assert tokenizer.decode(tokenizer.encode(text)) == text
 
-    def test_byte_without_a_token(self, raw, load):
-        raw = json.loads(json.dumps(raw))
-        del raw["model"]["vocab"][spell(b"\xf5")]
-        with pytest.raises(ValueError, match=r"got no token for 1 bytes \(0xf5 …\)"):
-            load(raw)
+    def test_llama2_in_json_is_refused(self, load):
+        """What transformers makes of a sentencepiece model: bytes are spelled <0x41>."""
+        model = models.BPE({"<unk>": 0, "<0x41>": 1, "▁": 2, "a": 3, "▁a": 4}, [("▁", "a")],
+                           unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        with pytest.raises(ValueError, match="got model.byte_fallback true, .*Put the tokenizer."):
+            load(json.loads(Reference(model).to_str()))
 
-    def test_token_that_tiktoken_would_join(self, raw, load):
-        raw = json.loads(json.dumps(raw))
-        raw["model"]["vocab"]["zq"] = 9999
-        with pytest.raises(ValueError, match=r"a token b'zq' without a merge of \[b'z', b'q'\]"):
-            load(raw)
+    def test_regex_that_panics_in_the_library(self, raw, load, capfd):
+        """A panic is no Exception to Python; this one needs a text. capfd keeps Rust's report."""
+        raw = deepcopy(raw)
+        raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a+)+b"}
+        tokenizer = load(raw)
+        assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
+        with pytest.raises(ValueError, match="got PanicException: .* a pre_tokenizer that can"):
+            tokenizer.encode("a" * 100)
+
+    def test_no_file_of_random_damage_escapes(self, raw, load):
+        """Cut, or with bytes that changed: a tokenizer that keeps text, or a ValueError."""
+        data, rng, refused = json.dumps(raw).encode(), random.Random(10), 0
+        for _ in range(60):
+            damaged = bytearray(data[:rng.choice([len(data), rng.randrange(1, len(data))])])
+            for _ in range(rng.randint(1, 3)):
+                damaged[rng.randrange(len(damaged))] = rng.choice(b'"{}[]:,0a-')
+            try:
+                tokenizer = load(bytes(damaged))
+                assert tokenizer.decode(tokenizer.encode("The judge, 12\n")) == "The judge, 12\n"
+            except ValueError as error:
+                refused += "got" in str(error)
+        assert refused > 20
+
+
+class TestPrompt:
+    def test_one_user_turn(self, llama):
+        turns = [{"role": "system", "content": "Be brief."},
+                 {"role": "user", "content": " Hi <|eot_id|>"}]
+        assert llama.encode_prompt(" Hi <|eot_id|>") == llama.encode_chat(turns[1:])
+        assert llama.encode_prompt(" Hi <|eot_id|>", system="Be brief.") == llama.encode_chat(turns)
+        assert llama.encode_prompt("Hi", system="") == llama.encode_prompt("Hi")
+
+    def test_raw_text(self, raw, llama, load):
+        assert llama.encode_prompt(" Hi\n", raw=True) == [llama.bos_id, *llama.encode(" Hi\n")]
+        assert llama.encode_prompt("<|eot_id|>", raw=True)[1:] == llama.encode("<|eot_id|>")
+        base = load({**raw, "added_tokens": []})
+        assert base.encode_prompt(" Hi\n") == llama.encode(" Hi\n")
+        message = r"got --system, but this prompt is raw text \(no chat tokens, or --raw\); leave"
+        with pytest.raises(ValueError, match=message):
+            llama.encode_prompt("Hi", raw=True, system="Be brief.")
+        with pytest.raises(ValueError, match=message):
+            base.encode_prompt("Hi", system="Be brief.")
+
+
+class TestCheckSame:
+    def test_same_tokens_of_another_file(self, raw, llama, load):
+        llama.check_same(load(raw))
+        llama.check_same(load(rank_file(token_bytes(raw)), "tokenizer.model"))
+
+    def test_other_bytes(self, raw, llama, load):
+        raw = deepcopy(raw)
+        vocab = raw["model"]["vocab"]
+        a, b = (token for token, i in vocab.items() if i in (10, 11))
+        vocab[a], vocab[b] = vocab[b], vocab[a]
+        with pytest.raises(ValueError, match=(
+                r"vocabularies of draft \(912 tokens\) and target \(912\) differ; expected the "
+                "same text for every id; take two models of one family and generation")):
+            llama.check_same(load(raw))
+
+    def test_other_special_tokens(self, raw, llama, load):
+        raw = deepcopy(raw)
+        raw["added_tokens"][-1]["content"] = "<|another|>"
+        with pytest.raises(ValueError, match=(
+                r"special tokens of draft and target differ \(<\|another\|>, "
+                r"<\|reserved_special_token_247\|>, 2 in all\); expected")):
+            llama.check_same(load(raw))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -20,10 +21,14 @@ from test_train_head import write_answers
 
 import tp
 import train_head
-from generate import DEMO, Engine
+from checkpoint import ModelConfig
+from drafter import LookupDrafter
+from generate import Engine
 from judge import JudgeHead
-from model import ModelConfig, Transformer
+from model import Transformer
 from quantize import quantize_checkpoint
+from terminal import DEMO, DEMO_PROMPT
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=16, intermediate_size=192)
@@ -39,7 +44,10 @@ def free_port() -> int:
 def run_ranks(world: int, directory: Path, cases: list[dict], timeout: float = 300) -> dict:
     """All cases in one process group of `world` forked ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks"])
+    context.set_forkserver_preload(["ranks"])  # one import for all; it needs the path, and is silent where it fails
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        multiprocessing.forkserver.ensure_running()
     port = free_port()
     processes = [context.Process(target=ranks.main, args=(rank, world, port, str(directory), cases)) for rank in range(world)]
     for process in processes:
@@ -75,16 +83,13 @@ def cases(tiny_checkpoint, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def alone(cases) -> dict[str, dict]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have; many threads only wait for each other
     with torch.no_grad():
-        results = {name: ranks.answers(case) for name, case in cases.items()}
-    torch.set_num_threads(threads)
-    return results
+        return {name: ranks.answers(case) for name, case in cases.items()}
 
 
 def compare(results: list[dict], references: list[dict]) -> None:
     for ours, reference in zip(results, references, strict=True):
+        assert ours["tokens"]
         for way, tokens in ours["tokens"].items():
             assert len(tokens) >= 12 and tokens == reference["tokens"][way][:len(tokens)]
         for got, expected in zip(ours["logits"], reference["logits"], strict=True):
@@ -93,10 +98,12 @@ def compare(results: list[dict], references: list[dict]) -> None:
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_give_the_tokens_of_one_process(world, cases, alone, tmp_path):
-    """Every rule, greedy, sampled and with top-k; float32 and int8; at 8 ranks pairs share a key-value head."""
+    """Both drafters, every rule, greedy, sampled and with top-k; float32 and int8; at 8 ranks pairs share a key-value head."""
     names = list(cases) if world == 2 else ["plain", "plain-int8"]
     found = run_ranks(world, tmp_path, [cases[name] for name in names])
     compare(found["results"], [alone[name] for name in names])
+    kept = {(way[0], source) for name in names for way, tokens in alone[name]["tokens"].items() for _, source in tokens}
+    assert {("model", "judge"), ("model", "often"), ("model", "exact"), ("lookup", "judge"), ("lookup", "exact")} <= kept
     assert len({tuple(early) for early in found["early"]}) == 1 and found["early"][0][0] == 3  # all stopped where rank 0 did
     for rank_read in found["read"]:
         for read, held in rank_read:
@@ -149,35 +156,49 @@ def test_int8_needs_whole_words():
 def test_variables_half_set_and_too_many_ranks(monkeypatch):
     for name in tp.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert not tp.under_torchrun()
+    assert tp.world_size() == 1
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="got RANK without WORLD_SIZE, LOCAL_RANK.*torchrun"):
-        tp.under_torchrun()
+        tp.world_size()
     for name in tp.VARIABLES:
         monkeypatch.setenv(name, "2")
-    assert tp.under_torchrun()
-    with pytest.raises(ValueError, match="several ranks"):
-        tp.rank_device("cuda:0")
+    assert tp.world_size() == 2
+    with pytest.raises(ValueError, match="cuda:0.* several ranks"):
+        tp.pick_device("cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="8 ranks on a machine with 2 GPUs.*nproc_per_node=2"):
-        tp.rank_device("cuda")
+        tp.pick_device("cuda")
+    assert tp.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert tp.pick_device("cuda") == torch.device("cuda", 2)
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("world", [1, 2, 8])
-def test_bytes_per_rank_are_those_of_the_model(tiny_checkpoint, tmp_path, world, bits):
-    directory = tiny_checkpoint(**SIZES, dtype=torch.bfloat16)
-    if bits == 8:
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
+def test_a_rank_has_the_sizes_that_the_table_cuts(tiny_checkpoint, tmp_path, world, int8):
+    """At 8 ranks two share each key-value head."""
+    directory = tiny_checkpoint(**SIZES)
+    if int8:
         quantize_checkpoint(directory, tmp_path / "int8")
         directory = tmp_path / "int8"
-
-    class Rank(tp.Shard):
-        def __init__(self):  # no process group: nothing is sent
-            self.rank, self.world = 0, world
-
-    model = Transformer.from_checkpoint(directory, shard=Rank())
-    assert tp.rank_bytes(model.config, world, bits=bits) == sum(p.nbytes for p in model.parameters())
+    whole = Transformer.from_checkpoint(directory)
+    sizes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    rows = 16 * (8 // world + 2 * max(4 // world, 1))  # heads of queries, keys and values
+    for rank in range(world):
+        shard = tp.Shard(rank, world)  # no process group: nothing is sent
+        models = [Transformer.from_checkpoint(directory, shard=shard)]
+        if not int8:
+            models.append(Transformer(whole.config, shard))
+        for model in models:
+            found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            assert found == {name: {
+                "replicated": (first, *rest), "heads": (rows, *rest), "column": (first // world, *rest),
+                "vocabulary": (first // world, *rest), "row": (first, *(n // world for n in rest)),
+            }[tp.kind(name)] for name, (first, *rest) in sizes.items()}
+            model.setup_caches(1, 8)
+            assert model.layers[0].self_attn.cache.k.shape[1] == max(4 // world, 1)
 
 
 def torchrun(*arguments: str, nproc: int = 2, **environment) -> subprocess.Popen:
@@ -195,21 +216,24 @@ def finished(process: subprocess.Popen, timeout: float = 400) -> tuple[str, str]
     return out, err
 
 
-@pytest.mark.parametrize("nproc, options", [(2, []), (8, ["--no-compile"])])
-def test_command_line_on_the_bundled_pair(nproc, options, tmp_path):
-    out, err = finished(torchrun("generate.py", "--judge", "--check_ranks", "--dtype", "float32", "--max_new_tokens", "24",
-                                 "--json", str(tmp_path / "out.json"), *options, nproc=nproc))
+@pytest.mark.parametrize("nproc, new, options", [
+    pytest.param(2, 24, ["--no-compare"], id="compiled"),
+    pytest.param(8, 12, ["--no-compile", "--no-compare", "--draft", "lookup"], id="lookup"),
+    pytest.param(2, 6, ["--no-compile"], id="table")])
+def test_command_line_on_the_bundled_pair(nproc, new, options, tmp_path):
+    out, err = finished(torchrun("generate.py", "--device", "cpu", "--judge", "--check_ranks", "--dtype", "float32",
+                                 "--max_new_tokens", str(new), "--json", str(tmp_path / "out.json"), *options, nproc=nproc))
     (sample,) = json.loads((tmp_path / "out.json").read_text())
     assert sample["world_size"] == nproc and sample["rule"] == "judge"
-    assert out.count(sample["text"].strip()) == 1 and out.count("target alone") == 1  # one rank prints
+    assert out.count(sample["text"].strip()) == out.count("tokens/round") == 1  # one rank prints
+    rules = re.findall("^(target alone|exact|judge) .*", out, re.MULTILINE)
+    assert rules == (["judge"] if "--no-compare" in options else ["target alone", "exact", "judge"])
     assert len(re.findall(r"rank \d+: [\d,.]+ MB of target read in", err)) == nproc
     assert "destroy_process_group" not in err and "leaked" not in err
     target, draft = (Transformer.from_checkpoint(DEMO / name, dtype=torch.float32) for name in ("target", "draft"))
-    engine = Engine(target, draft, JudgeHead.load(DEMO / "judge.safetensors"))
-    from generate import DEMO_PROMPT, encode_prompt
-    from tokenizer import Tokenizer
-    ids = encode_prompt(Tokenizer.from_checkpoint(DEMO / "target"), DEMO_PROMPT, raw=False, system=None)
-    assert sample["tokens"] == [token for block in engine.generate(ids, max_new_tokens=24) for token in block.tokens]
+    engine = Engine(target, LookupDrafter() if "lookup" in options else draft, JudgeHead.load(DEMO / "judge.safetensors"))
+    ids = Tokenizer.from_checkpoint(DEMO / "target").encode_prompt(DEMO_PROMPT)
+    assert sample["tokens"] == [token for block in engine.generate(ids, max_new_tokens=new) for token in block.tokens]
 
 
 def test_training_over_ranks_gives_the_head_of_one_process(tiny_checkpoint, tmp_path):
@@ -218,7 +242,7 @@ def test_training_over_ranks_gives_the_head_of_one_process(tiny_checkpoint, tmp_
     directory, heads = tiny_checkpoint(**SIZES), {}
     for name in ("ranks", "alone"):
         command = ["train_head.py", "--checkpoint_path", str(directory), "--data", str(data), "--epochs", "3", "--lr", "0.01",
-                   "--dtype", "float32", "--cache", str(tmp_path / name), "--output", str(tmp_path / f"{name}.safetensors")]
+                   "--device", "cpu", "--dtype", "float32", "--cache", str(tmp_path / name), "--output", str(tmp_path / f"{name}.safetensors")]
         if name == "ranks":
             out, err = finished(torchrun(*command), 120)
             assert out.count("wrote") == 1 and "destroy_process_group" not in err
@@ -232,7 +256,7 @@ def test_training_over_ranks_gives_the_head_of_one_process(tiny_checkpoint, tmp_
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_rank_that_dies_ends_the_job(how, tmp_path):
     """SIGKILL to one rank; SIGINT, as Ctrl-C, to the launcher."""
-    process = torchrun("generate.py", "--no-compile", "--max_new_tokens", "4000", "--num_samples", "50", "--checkpoint_path",
+    process = torchrun("generate.py", "--device", "cpu", "--no-compile", "--max_new_tokens", "4000", "--num_samples", "50", "--checkpoint_path",
                        str(DEMO / "target"), "--prompt", "once")
     deadline = time.monotonic() + 120
     while not process.stdout.read(1):
@@ -252,7 +276,7 @@ def test_a_rank_that_dies_ends_the_job(how, tmp_path):
 
 
 def test_errors_come_once_and_before_weights():
-    process = torchrun("generate.py", "--no-compile", nproc=3)
+    process = torchrun("generate.py", "--device", "cpu", "--no-compile", nproc=3)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and err.count("got 3 ranks, which do not divide query heads 8") == 1
     assert "MB of target read" not in err
@@ -265,7 +289,7 @@ def test_two_agents_on_one_machine(tmp_path):
     agents = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
          f"--rdzv_endpoint=127.0.0.1:{store.port}", "--rdzv_conf=is_host=0", "--rdzv_id=gavel", "--local_addr=127.0.0.1",
-         "generate.py", "--no-compile", "--max_new_tokens", "8", "--json", str(tmp_path / "out.json")], cwd=ROOT,
+         "generate.py", "--device", "cpu", "--no-compile", "--max_new_tokens", "8", "--json", str(tmp_path / "out.json")], cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for agent in agents:
         finished(agent, 120)
