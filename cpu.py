@@ -73,7 +73,7 @@ class CpuLinear(nn.Linear):
             y = torch.ops.gavel.packed_linear(rows, self.weight)
         else:
             y = F.linear(rows, self.weight)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])  # no rows, too
 
 
 class CpuInt8Linear(Int8Linear):
@@ -89,7 +89,7 @@ class CpuInt8Linear(Int8Linear):
             y = (few_rows(rows, self.weight) * self.scale).to(x.dtype)
         else:  # int8 to bfloat16 is exact
             y = (F.linear(rows, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])  # no rows, too
 
 
 def keep_packed(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -140,18 +140,18 @@ class Step:
     def __init__(self, function: Callable, *, compile: bool, dynamic: bool = False):
         self.plain, self.compile, self.dynamic = function, compile, dynamic
         self.run = compiled(function) if compile else function
-        self.views: dict[tuple[int, int], Tensor] = {}  # beginnings of model.rows
+        self.views: dict[tuple, Tensor] = {}  # beginnings of model.rows
 
     def __call__(self, model: Transformer, tokens: Tensor, input_pos: Tensor, *args, **options):
-        run, end = self.run, int(input_pos[-1]) + options.get("steps", 1)
-        key = model.caches_made, -(-end // ROW_STEP) * ROW_STEP
+        end, longest = int(input_pos[-1]) + options.get("steps", 1), model.max_seq_length - 1
+        run, key = self.run, (id(model), model.caches_made, -(-end // ROW_STEP) * ROW_STEP)
         if key not in self.views:
-            self.views[key] = model.rows[:min(key[1], model.max_seq_length - 1)]  # never the whole
-            torch._dynamo.mark_dynamic(self.views[key], 0, min=2, max=model.max_seq_length - 1)
+            self.views[key] = model.rows[:min(key[-1], longest)]  # never the whole: it is dynamic
+            if self.compile:  # else Dynamo need not be imported
+                torch._dynamo.mark_dynamic(self.views[key], 0, min=2, max=longest)
         if self.dynamic and tokens.shape[1] < PREFILL_COMPILED:
             run = self.plain
         elif self.dynamic and self.compile:
-            longest = model.max_seq_length - 1
             torch._dynamo.mark_dynamic(tokens, 1, min=PREFILL_COMPILED, max=longest)
             torch._dynamo.mark_dynamic(input_pos, 0, min=PREFILL_COMPILED, max=longest)
         return run(model, tokens, input_pos, *args, rows=self.views[key], **options)

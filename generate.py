@@ -35,25 +35,16 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import cpu
+import drafter
 import terminal
 import tp
-from drafter import (
-    DRAFTERS,
-    Drafter,
-    ModelDrafter,
-    Reader,
-    Sampling,
-    State,
-    device_step,
-    next_token,
-)
+from drafter import Drafter, ModelDrafter, Reader, Sampling, State, device_step, next_token
 from judge import JudgeHead, Rule, accept, available_rules, check_fit
 from model import Transformer, compiled
 from terminal import Setup, say
@@ -99,24 +90,21 @@ class Request:
                              f"{limit}; expected room for an answer: shorten the prompt")
         if prompt_tokens + self.max_new_tokens > limit:
             warnings.warn(f"{prompt_tokens} prompt tokens and {self.max_new_tokens} new ones "
-                          f"outgrow the context of {limit}: generating {limit - prompt_tokens} at "
-                          "most",
-                          stacklevel=3)
+                          f"outgrow the context of {limit}: generating {limit - prompt_tokens} "
+                          "at most", stacklevel=3)
         return min(self.max_new_tokens, limit - prompt_tokens)
 
 
 def verify(model: Transformer, tokens: Tensor, input_pos: Tensor, *,
            rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The target reads [last, d_1..d_K]: tokens [1, K+1] -> hidden [K+1, D] pre-norm, logits [K+1,
-    V]."""
+    """The target reads [last, d_1..d_K]: tokens [1, K+1] -> hidden [K+1, D], logits [K+1, V]."""
     hidden = model(tokens, input_pos, rows)
     return hidden[0], model.logits(hidden)[0]
 
 
 def conclude(state: State, hidden: Tensor, logits: Tensor, drafted: Tensor,
              **inputs) -> tuple[State, Tensor]:
-    """Accept, advance the state, and put all that the host is to know into one tensor (see
-    Round)."""
+    """Accept, advance the state, and put what the host is to know into one tensor (see Round)."""
     decision = accept(hidden, logits, drafted, **inputs)
     a, token = decision.accept_len, decision.next_token
     last = torch.cat((state.last_two[1:], drafted)).gather(0, a[None])  # [1]: the last token kept
@@ -153,8 +141,7 @@ class Round:
         hidden, logits = engine.verify(engine.target, tokens, n + engine.offsets)
         return self.accept(state, hidden, logits, drafted, q)
 
-    def accept(self, state: State, hidden: Tensor, logits: Tensor, drafted: Tensor,
-               q: Tensor | None):
+    def accept(self, state: State, hidden: Tensor, logits: Tensor, drafted: Tensor, q):
         """The rule decides; where it needs probabilities it gets whole rows of logits."""
         engine, rule, draws, shard = self.engine, self.rule, self.draws, self.engine.shard
         sampled = draws.temperature is not None
@@ -179,8 +166,7 @@ class Round:
 
 
 class RecordedRound:
-    """A round as one CUDA graph: state and outcome lie in static tensors, which a replay
-    overwrites.
+    """A round as one CUDA graph: state and outcome lie in static tensors, overwritten by a replay.
 
     Recording runs the round at position `at`: what the caches held from there on is lost.
     """
@@ -213,8 +199,7 @@ class RecordedRound:
 class Answer:
     """The books of one answer: what was committed, who kept it, when it ends, how long it took.
 
-    It knows no model and no device: the outcomes of rounds come in as lists, the first from
-    prefill.
+    It knows no model and no device: outcomes of rounds come in as lists, the first from prefill.
     """
 
     def __init__(self, max_new_tokens: int, stop_tokens: tuple[int, ...], speculate_k: int,
@@ -270,8 +255,8 @@ class Answer:
                 "tokens_per_second": new / seconds, "rounds": self.rounds,
                 "tokens_per_round": (new - 1) * each if self.rounds else 0.0,
                 "accepted_per_round": (exact + lossy) * each, "accepted_exact": exact,
-                "accepted_judge": lossy, "acceptance_by_position": [n * each
-                                                                    for n in self.by_position],
+                "accepted_judge": lossy,
+                "acceptance_by_position": [kept * each for kept in self.by_position],
                 "rule": self.rule, "speculate_k": self.speculate_k}
 
 
@@ -318,8 +303,8 @@ class Engine:
             self.drafter.setup(target, speculate_k, rows, compile)
         self.stop_tokens = target.config.eos_token_ids if stop_tokens is None else stop_tokens
         self.stops = torch.tensor(self.stop_tokens, dtype=torch.int64, device=device)
-        # filled anew for each answer
-        self.threshold, self.temperature = torch.ones(2, device=device)
+        # Filled anew for each answer.
+        self.threshold, self.temperature = (torch.ones((), device=device) for _ in range(2))
         self.generator = torch.Generator(device)
         self.offsets = torch.arange(speculate_k + 1, device=device)
         self.step, self.verify = (device_step(f, target, compile) for f in (alone, verify))
@@ -438,8 +423,7 @@ class Engine:
 
     def close(self, prompt: list[int], answer: Answer, request: Request, rule: Rule | None) -> None:
         """Note what the caches hold, and leave the statistics."""
-        # Right are the rows of all but the last token in the target's, but the last two in the
-        # draft's.
+        # The target's cache lacks the last token at most, the draft's the last two.
         for reader in (self.target, self.drafter) if rule else (self.target,):
             reader.cached = [*prompt, *answer.tokens][:-2] if answer.tokens else []
         text = self.tokenizer.decode if self.tokenizer else lambda ids, **_: None
@@ -484,8 +468,11 @@ def load_engines(setup: Setup, shard: tp.Shard, max_seq_length: int) -> Callable
     """Load the weights; what is returned makes an engine of them, compiled or not."""
     models = terminal.load_models(setup, lambda path, progress: Transformer.from_checkpoint(
         path, device=setup.device, dtype=setup.dtype, shard=shard, progress=progress), shard)
-    draft = DRAFTERS[setup.drafter]() if setup.drafter else models[1] if setup.draft_path else None
-    return lambda compile: Engine(models[0], draft, rule=setup.rule, speculate_k=setup.speculate_k,
+    draft = models[1] if setup.draft_path else None
+    if setup.drafter:
+        draft = drafter.DRAFTERS[setup.drafter]()
+    rule = setup.rule or "none"
+    return lambda compile: Engine(models[0], draft, rule=rule, speculate_k=setup.speculate_k,
                                   max_seq_length=max_seq_length, tokenizer=setup.tokenizer,
                                   compile=compile)
 
@@ -517,8 +504,7 @@ def run(args: argparse.Namespace, setup: Setup, shard: tp.Shard) -> None:
     length = min(setup.context, 8192)
     if not args.interactive:
         new = request.room(len(ids), setup.context)
-        # few lengths: few compilations
-        length = min(setup.context, -(-(len(ids) + new) // 128) * 128)
+        length = min(setup.context, -(-(len(ids) + new) // 128) * 128)  # few, so few compilations
         request = Request(new, request.temperature, request.top_k, request.seed)
     options = vars(request)
     make = load_engines(setup, shard, length)
@@ -544,7 +530,7 @@ def run(args: argparse.Namespace, setup: Setup, shard: tp.Shard) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    return terminal.parse_args(argv, __doc__, SPECULATE_K, tuple(DRAFTERS))
+    return terminal.parse_args(argv, __doc__, SPECULATE_K, tuple(drafter.DRAFTERS))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -210,10 +210,9 @@ def make_rule(name: str, *, head: JudgeHead | None = None, threshold: float | No
             raise _error(f"rule {name}", "no judge head", "one", "give --judge [HEAD]")
         given["head"] = head
     try:
-        signature.bind(**given)
-    except TypeError as error:
+        rule = RULES[name](**given)
+    except TypeError as error:  # a name that it does not know, or no number where it wants one
         raise _error(f"rule {name}", f"arguments with {error}", signature, "mend them") from None
-    rule = RULES[name](**given)
     if threshold is not None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"got threshold {threshold}, expected a number in [0, 1]; 1: lossless")

@@ -346,7 +346,7 @@ def write_json(path: str | None, samples: list[dict], shard: tp.Shard) -> None:
 
 def print_table(samples: list[dict]) -> None:
     """One row per answer: how long and how it ended, speed, tokens a round, who kept how many."""
-    rows = ["rule tokens ended tok/s ms/tok speedup rounds tok/round exact lossy".split()]
+    rows = ["rule tokens ended tok/s ms/tok speed rounds tokens/round exact lossy".split()]
     for s in samples:
         speed, base = s["tokens_per_second"], samples[0]["tokens_per_second"]
         rows.append([s["rule"].replace("none", "target alone"), str(s["new_tokens"]),

@@ -28,7 +28,9 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,6 @@ from checkpoint import (
 )
 from judge import FEATURE, JudgeHead, greedy
 from model import Transformer
-from terminal import run_main
 from tokenizer import Tokenizer
 
 try:
@@ -332,12 +333,12 @@ def split_labels(answers: list[Answer], args: argparse.Namespace) -> tuple[Tenso
 
 def main(args: argparse.Namespace) -> None:
     """Run the command line; ValueError and OSError are a user's mistakes."""
-    check_options(args)
     path = Path(args.checkpoint_path)
     config, tokenizer = ModelConfig.from_checkpoint(path), Tokenizer.from_checkpoint(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: got {tokenizer.vocab_size} tokens, expected at most the model's "
                          f"{config.vocab_size}; download it again")
+    check_options(args)
     device = tp.pick_device(args.device)
     dtype = tp.pick_dtype(args.dtype, config, device)
     tp.check_world(config, tp.world_size(), str(path))
@@ -377,4 +378,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()), "train_head.py")
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_head.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  what a model on the meta device imports: here once for all ranks
+import torch._dynamo
 
 import tp
 from drafter import LookupDrafter

@@ -42,14 +42,15 @@ def within_bound(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
 
     ε = 2^-23. That bounds float32 sums in any order (Higham, Accuracy and Stability, 4.2): K - 1
     additions, at most one rounding for each product, one for the scale; a rounding is ε / 2, and
-    hardware that cuts off instead makes it ε. product_rounded: the sum is stored in y's dtype
-    before the scale, which is one rounding more of that dtype.
+    hardware that cuts off instead makes it ε. product_rounded: the sum may be stored in y's
+    dtype before the scale, which is one rounding more of that dtype.
     """
     exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     slack = (x.shape[-1] + 1) * torch.finfo(torch.float32).eps * size
     low, high = exact - slack, exact + slack
     if product_rounded:
-        low, high = low.to(y.dtype).double(), high.to(y.dtype).double()
+        low = torch.minimum(low, low.to(y.dtype).double())
+        high = torch.maximum(high, high.to(y.dtype).double())
     if scale is not None:
         low, high = low * scale.double(), high * scale.double()
     assert y.dtype == x.dtype and y.shape == exact.shape
@@ -143,7 +144,7 @@ def in_bfloat16(x, weight):
 @pytest.mark.parametrize("rows", [1, 17])
 @torch.no_grad()
 def test_bound_lets_no_planted_bug_pass(rows, dtype):
-    """Sums in bfloat16, an input left out, a neighbour's weights or scale, a scale's last bit."""
+    """Sums in bfloat16, an input left out, a neighbour's weights or scale, a scale in bfloat16."""
     x, layer = make_rows(rows, dtype)[0], make_int8(torch.float32)
     weight, scale = layer.weight.to(dtype), layer.scale
     exact = (x.double() @ weight.double().T * scale.double()).to(dtype)
