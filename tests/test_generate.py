@@ -1,6 +1,7 @@
 """generate.py: lossless rules token for token and in distribution, the judge's rule, the cache, stop tokens, the command line."""
 
 import collections
+import io
 import itertools
 import json
 import os
@@ -561,56 +562,74 @@ def test_command_line_errors_are_one_line_and_exit_2(checkpoints):
     done = cli("--checkpoint_path", target, "--draft_checkpoint_path", draft, "--speculate_k", 0)
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("generate.py: got speculate_k 0")
-    assert cli("--top_k", "many").returncode == 2
+    with pytest.raises(SystemExit, match="2"):
+        generate.parse_args(["--top_k", "many"])
 
 
-def test_interactive_reads_turns_until_end_of_input(checkpoints, tmp_path):
+def main(monkeypatch, *arguments, **streams) -> None:
+    """The command line in this process: a new one takes seconds to import torch."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command line sets
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    generate.main(generate.parse_args([*map(str, arguments), "--device", "cpu"]))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_interactive_reads_turns_until_end_of_input(checkpoints, tmp_path, monkeypatch):
     target, draft = checkpoints
     out = tmp_path / "chat.json"
-    done = cli("--checkpoint_path", target, "--draft_checkpoint_path", draft, "--interactive", "--no-compile",
-               "--max_new_tokens", 12, "--json", out, "--dtype", "float32", "--system", "Be brief.", input="hello\nand then?\n")
-    assert done.returncode == 0, done.stderr
+    main(monkeypatch, "--checkpoint_path", target, "--draft_checkpoint_path", draft, "--interactive", "--no-compile",
+         "--max_new_tokens", 12, "--json", out, "--dtype", "float32", "--system", "Be brief.",
+         stdin=io.StringIO("hello\nand then?\n"))
     first, second = json.loads(out.read_text())
     assert [first["prompt"], second["prompt"]] == ["hello", "and then?"]
     assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
 
 
-def test_colours_tell_who_wrote_what(checkpoints):
+def test_colours_tell_who_wrote_what(checkpoints, monkeypatch):
+    """In a terminal of its own, and in this process where the reader wants no colour."""
     pty = pytest.importorskip("pty")
     target, draft = checkpoints
     arguments = ["--checkpoint_path", target, "--draft_checkpoint_path", draft, "--judge", "--no-compile", "--prompt", "hello",
                  "--max_new_tokens", 24, "--dtype", "float32"]
-
-    def on_a_terminal(**env) -> str:
-        ours, theirs = pty.openpty()
-        base = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-        process = subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *map(str, arguments)], stdout=theirs,
-                                   stderr=theirs, env={**base, "TERM": "xterm-256color", **env})
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                piece = os.read(ours, 4096)
-            except OSError:  # Linux reports the closed terminal this way
-                break
-            if not piece:
-                break
-            shown += piece
-        os.close(ours)
-        assert process.wait() == 0, shown.decode()
-        return shown.decode()
-
-    coloured = on_a_terminal()
+    ours, theirs = pty.openpty()
+    base = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *map(str, arguments)], stdout=theirs,
+                               stderr=theirs, env={**base, "TERM": "xterm-256color"})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # Linux reports the closed terminal this way
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    coloured = shown.decode()
+    assert process.wait() == 0, coloured
     assert terminal.STYLES["lossy"] in coloured and terminal.STYLES["target"] in coloured and "kept by the judge" in coloured
-    assert "\033[" not in on_a_terminal(NO_COLOR="1")
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for unwanted in ("1", ""):
+        monkeypatch.setenv("NO_COLOR", unwanted)
+        screen = Terminal()
+        main(monkeypatch, *arguments, stdout=screen)
+        assert ("\033[" in screen.getvalue()) == (not unwanted)
 
 
-def test_no_compiler_is_said_and_runs_uncompiled(checkpoints, tmp_path):
+def test_no_compiler_is_said_and_runs_uncompiled(checkpoints, tmp_path, monkeypatch, capsys):
     target, _ = checkpoints
-    done = cli("--checkpoint_path", target, "--max_new_tokens", 3, "--prompt", "hello", "--device", "cpu",
-               env={"PATH": str(tmp_path), "CXX": ""})
-    assert done.returncode == 0, done.stderr
-    assert "no C++ compiler" in done.stderr and "compiling:" not in done.stderr
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    main(monkeypatch, "--checkpoint_path", target, "--max_new_tokens", 3, "--prompt", "hello")
+    said = capsys.readouterr().err
+    assert "no C++ compiler" in said and "compiling" not in said
 
 
 def test_everything_but_cuda_runs_without_triton(checkpoints):
@@ -622,11 +641,12 @@ def test_everything_but_cuda_runs_without_triton(checkpoints):
     assert done.returncode == 0, done.stderr
 
 
-def test_help_teaches():
-    done = cli("--help")
-    assert done.returncode == 0
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        generate.parse_args(["--help"])
+    said = capsys.readouterr().out
     for word in ("--judge", "--threshold", "--speculate_k", "bundled pair", "default"):
-        assert word in done.stdout
+        assert word in said
 
 
 def test_blocks_and_sources_line_up():
