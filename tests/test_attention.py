@@ -320,6 +320,7 @@ def test_module_works_where_triton_is_missing():
     assert out.stdout.startswith("True False\nimpl='triton': got no triton package, expected ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(attention.triton is None, reason="needs triton")
 def test_attention_builds_ahead_of_time_without_spills():
     """64 KiB of shared memory is gfx942's, 99 KiB the smallest of NVIDIA's chips since sm_80."""

@@ -312,6 +312,7 @@ def test_the_kernel_is_never_replaced_in_silence(monkeypatch):
         operator(torch.zeros(1, 8), Int8Linear(8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(quantize.triton is None, reason="needs triton")
 def test_builds_ahead_of_time_without_spills():
     """64 KiB of shared memory is gfx942's, 99 KiB the smallest of NVIDIA's chips since sm_80."""
@@ -571,6 +572,7 @@ def write_large(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's peak memory")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     try:

@@ -217,7 +217,7 @@ def finished(process: subprocess.Popen, timeout: float = 400) -> tuple[str, str]
 
 
 @pytest.mark.parametrize("nproc, new, options", [
-    pytest.param(2, 24, ["--no-compare"], id="compiled"),
+    pytest.param(2, 24, ["--no-compare"], id="compiled", marks=pytest.mark.slow),
     pytest.param(8, 12, ["--no-compile", "--no-compare", "--draft", "lookup"], id="lookup"),
     pytest.param(2, 6, ["--no-compile"], id="table")])
 def test_command_line_on_the_bundled_pair(nproc, new, options, tmp_path):
@@ -282,6 +282,7 @@ def test_errors_come_once_and_before_weights():
     assert "MB of target read" not in err
 
 
+@pytest.mark.slow
 def test_two_agents_on_one_machine(tmp_path):
     """torchrun --nnodes=2 as on two machines, over loopback. They meet at a store of ours: the agent that hosts it may leave
     first, and torchrun then takes the other one's last heartbeat for a failure."""
