@@ -4,7 +4,7 @@ At batch 1 a pass costs the time to read the weights: half the bytes is half the
 and for the K+1 rows of a verification alike. Each weight is rounded to the nearest of 255 steps of
 its output channel, symmetric, without calibration:
 
-    scale[n] = max_k |W[n, k]| / 127   w8[n, k] = round(W[n, k] / scale[n])   y = (x · w8ᵀ) · scale
+    scale[n] = max_k |W[n, k]| / 127    w8 = round(W / scale)    y = (x · w8ᵀ) · scale
 
 A converted checkpoint is a Hugging Face directory in the layout of compressed-tensors,
 `pack-quantized` with 8 bits: published w8a16 checkpoints open here, and ours open in transformers.

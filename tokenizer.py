@@ -280,7 +280,7 @@ class Tokenizer:
         return StreamDecoder(self, skip_special)
 
     def encode_chat(self, messages: list[dict], *, add_generation_prompt: bool = True) -> list[int]:
-        """BOS, turns of `{"role": …, "content": …}`, an open one. ValueError as `encode_turn`."""
+        """BOS, turns of `{"role", "content"}`, an open one. ValueError as `encode_turn`."""
         ids = [] if self.bos_id is None else [self.bos_id]
         for message in messages:
             if not isinstance(content := message.get("content"), str):
