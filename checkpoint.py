@@ -5,7 +5,7 @@ read, and no file outside the directory is opened, whatever an index or a link s
 and by slice: a rank reads its own part, and memory stays at one buffer. No pickle is ever opened.
 
     config, checkpoint = ModelConfig.from_checkpoint(path), Checkpoint(path)
-    [name] = tensor_names("layers.0.self_attn.o_proj.weight", config)
+    [name] = tensor_names("layers.0.self_attn.o_proj.weight")
     for row, rows in checkpoint.chunks(name):  # [some, in], on the CPU, in the stored dtype
 """
 
@@ -341,7 +341,7 @@ class Checkpoint:
             yield start - first, self.read(name, start, min(start + step, last), columns)
 
 
-def tensor_names(parameter: str, config: ModelConfig, *, int8: bool = False) -> list[str]:
+def tensor_names(parameter: str, *, int8: bool = False) -> list[str]:
     """The checkpoint's tensors that make up one parameter of ours, in the order of its rows."""
     parameter = f"{parameter}_packed" if int8 else parameter.replace(".scale", ".weight_scale")
     for ours, theirs in STACKED.items():

@@ -201,7 +201,7 @@ class Transformer(nn.Module):
                                                                                      shard))
         for each in (whole, model):
             int8_layers(each, checkpoint)
-        sources = {name: tensor_names(name, config, int8=parameter.dtype is torch.int8)
+        sources = {name: tensor_names(name, int8=parameter.dtype is torch.int8)
                    for name, parameter in whole.named_parameters()}
         for name, parameter in whole.named_parameters():
             check_shapes(checkpoint, sources[name], parameter, config)
@@ -319,7 +319,7 @@ def int8_layers(model: Transformer, checkpoint: Checkpoint) -> None:
         if not isinstance(layer,
                           nn.Linear) or name == "lm_head" and model.config.tie_word_embeddings:
             continue
-        names = tensor_names(f"{name}.weight", model.config)
+        names = tensor_names(f"{name}.weight")
         sources = [source.removesuffix(".weight") for source in names]
         packed = [source for source in sources
                   if f"{source}.weight_packed" in checkpoint.weight_map]

@@ -500,7 +500,7 @@ def export(model: Transformer, work: Path, directory: Path) -> None:
     weights = {}
     for name, p in model.named_parameters():
         parts = p.data.split(sizes[name.split(".")[-2]]) if name.split(".")[-2] in STACKED else [p.data]
-        for source, part in zip(tensor_names(name, config), parts, strict=True):
+        for source, part in zip(tensor_names(name), parts, strict=True):
             weights[source] = part.to("cpu", torch.bfloat16).contiguous()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     raw = json.loads((work / "tokenizer.json").read_text())

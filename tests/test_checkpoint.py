@@ -342,14 +342,14 @@ def test_names_and_shapes_of_stacked_parameters(tiny_checkpoint):
     config, checkpoint = ModelConfig.from_checkpoint(directory), Checkpoint(directory)
     attn = "layers.1.self_attn"
     qkv = [f"model.{attn}.{name}_proj" for name in "qkv"]
-    assert tensor_names(f"{attn}.qkv_proj.weight", config) == [f"{name}.weight" for name in qkv]
-    assert tensor_names(f"{attn}.qkv_proj.weight", config, int8=True) == [
+    assert tensor_names(f"{attn}.qkv_proj.weight") == [f"{name}.weight" for name in qkv]
+    assert tensor_names(f"{attn}.qkv_proj.weight", int8=True) == [
         f"{name}.weight_packed" for name in qkv]
-    assert tensor_names(f"{attn}.qkv_proj.scale", config) == [
+    assert tensor_names(f"{attn}.qkv_proj.scale") == [
         f"{name}.weight_scale" for name in qkv]
-    assert tensor_names("norm.weight", config) == ["model.norm.weight"]
-    assert tensor_names("lm_head.weight", config) == ["lm_head.weight"]
-    names = tensor_names(f"{attn}.qkv_proj.weight", config)
+    assert tensor_names("norm.weight") == ["model.norm.weight"]
+    assert tensor_names("lm_head.weight") == ["lm_head.weight"]
+    names = tensor_names(f"{attn}.qkv_proj.weight")
     check_shapes(checkpoint, names, torch.empty(128, 64, device="meta"), config)
     with pytest.raises(ValueError, match=r"got shape \[64, 64\] for .*q_proj.*expected \[64, 60\]"):
         check_shapes(checkpoint, names, torch.empty(128, 60, device="meta"), config)

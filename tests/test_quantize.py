@@ -517,7 +517,7 @@ def test_what_compressed_tensors_packed_opens_bit_for_bit(
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
     assert ("lm_head" in layers) == (not ignore) and len(layers) == 8 + (not ignore)
     for name, layer in layers.items():
-        sources = tensor_names(f"{name}.weight", model.config)
+        sources = tensor_names(f"{name}.weight")
         shapes = [torch.Size(stored[f"{source}_shape"].tolist()) for source in sources]
         codes = [unpack_from_int32(stored[f"{source}_packed"], 8, shape)
                  for source, shape in zip(sources, shapes)]
