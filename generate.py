@@ -209,6 +209,7 @@ class Answer:
         self.tokens: list[int] = []
         self.sources: list[str] = []
         self.scores: list[float | None] = []  # of the lossy rule, None where it had no say
+        self.refused = 0.0  # highest score of a token that a round was cut before
         self.rounds, self.by_position, self.cancelled = 0, [0] * speculate_k, False
         self.started, self.first_token = time.perf_counter(), None
 
@@ -242,14 +243,21 @@ class Answer:
         self.sources += block.sources
         lossy = self.rule not in ("none", "exact")
         self.scores += [*(scores[:a] if lossy else [None] * a), None][:end]
+        if lossy and a < K and end > a and drafted[a] not in self.stop_tokens:
+            self.refused = max(self.refused, scores[a])
         return block
 
     def statistics(self) -> dict:
         """What --json says of the answer itself."""
         seconds, each = time.perf_counter() - self.started, 1 / max(self.rounds, 1)
         exact, new = self.sources.count("exact"), len(self.tokens)
-        lossy = sum(source not in ("exact", "target") for source in self.sources)
+        kept = [score for score, source in zip(self.scores, self.sources)
+                if source not in ("exact", "target")]
+        lossy = len(kept)
+        # every threshold in [low, high) gives this same answer; high None: up to 1
+        same = [self.refused, min(kept, default=None)]
         return {"tokens": self.tokens, "sources": self.sources, "scores": self.scores,
+                "same_thresholds": None if self.rule in ("none", "exact") else same,
                 "new_tokens": new, "finish_reason": "stop" if self.stopped else "length",
                 "seconds": seconds, "seconds_to_first_token": self.first_token,
                 "tokens_per_second": new / seconds, "rounds": self.rounds,

@@ -11,6 +11,11 @@ of its mistakes; empty: none), perhaps `system`. A token that overlaps a span is
 before the first span are positives. What follows builds on the mistake, but may follow soundly:
 `--negatives mistake` leaves it out, as a judge that stops there never sees it; `onward` makes it
 negative, for more examples and more noise. Stop tokens get no label: the judge has no say there.
+scripts/label.py writes such lines without annotators, with two more fields: `labels` (`token`, an
+index into the response, and `right`) replaces `errors` and labels no other token; `response_ids`
+are the response's tokens where its text alone would be read as others. Several files of --data add
+up, by --weights. `--only rejected` trains on the tokens that the exact rule rejects, the only ones
+on which a judge has a say (as AutoJudge does, arXiv 2504.20039).
 
 Hidden states are cached by a hash of weight files, dtype and tokens: a stopped run goes on where it
 was. Training standardises them and folds that into w and b. Class weights put the balance at 0.5,
@@ -77,6 +82,7 @@ class Answer(NamedTuple):
     ids: list[int]
     prompt_tokens: int
     labels: list[int]
+    weight: float = 1.0  # of each token in the loss
 
 
 def token_labels(pieces: list[bytes], response: str, errors: list[list[int]], negatives: str,
@@ -93,43 +99,84 @@ def token_labels(pieces: list[bytes], response: str, errors: list[list[int]], ne
     return labels
 
 
-def encode_answer(line: bytes, tokenizer: Tokenizer, *, context: int, negatives: str) -> Answer:
-    """Check one line, encode and label it; ValueError says what is wrong."""
-    raw = json.loads(line)
-    if not isinstance(raw, dict):
-        raise ValueError(f"got a JSON {type(raw).__name__}")
-    prompt, text, errors = (raw.get(key) for key in ("prompt", "response", "errors"))
-    system = raw.get("system") or None
-    for key, value in (("prompt", prompt), ("response", text), ("system", system or "none")):
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"got {key} {json.dumps(value)[:40]}, expected text that is not empty")
+def given_labels(raw: dict, tokens: int) -> list[int]:
+    """A label a token by the line's own `labels`; LEFT_OUT where it has none."""
+    labels = [LEFT_OUT] * tokens
+    if not isinstance(raw["labels"], list):
+        raise ValueError(f"got labels {json.dumps(raw['labels'])[:40]}, expected a list")
+    for each in raw["labels"]:
+        token, right = (each.get(key) if isinstance(each, dict) else None
+                        for key in ("token", "right"))
+        if type(token) is not int or type(right) is not bool or not 0 <= token < tokens:
+            raise ValueError(f"got {json.dumps(each)[:60]} in labels, expected token, from 0 to "
+                             f"{tokens - 1}, and right, true or false")
+        labels[token] = CORRECT if right else WRONG
+    return labels
+
+
+def spelled_labels(raw: dict, ids: list[int], tokenizer: Tokenizer, negatives: str) -> list[int]:
+    """A label a token by the spans of `errors`."""
+    text, errors = raw["response"], raw.get("errors")
     for span in errors if isinstance(errors, list) else [errors]:
         pair = isinstance(span, list) and [type(n) for n in span] == [int, int]
         if not pair or not 0 <= span[0] < span[1] <= len(text):
             raise ValueError(f"got {json.dumps(span)[:40]} in errors, expected [start, end) with 0 "
                              f"<= start < end <= {len(text)}")
-    ids, response = tokenizer.encode_prompt(prompt, system=system), tokenizer.encode(text)
-    pieces, space = [tokenizer.token_bytes(i) for i in response], int(tokenizer.adds_space)
+    pieces, space = [tokenizer.token_bytes(i) for i in ids], int(tokenizer.adds_space)
     if b"".join(pieces) != b" " * space + text.encode():
         raise ValueError("got a response that its tokens spell otherwise, so spans have no place; "
                          "leave it out")
+    return token_labels(pieces, text, errors, negatives, -space)
+
+
+def response_ids(raw: dict, tokenizer: Tokenizer) -> list[int]:
+    """The response's tokens: its `response_ids`, which must spell it, or those of its text."""
+    ids = raw.get("response_ids")
+    if ids is None:
+        return tokenizer.encode(raw["response"])
+    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+        raise ValueError(f"got response_ids {json.dumps(ids)[:40]}, expected token ids")
+    if (spelled := tokenizer.decode(ids)) != raw["response"]:
+        raise ValueError(f"got response_ids that spell {spelled[:40]!r}, expected the response")
+    return ids
+
+
+def encode_answer(line: bytes, tokenizer: Tokenizer, *, context: int, negatives: str,
+                  weight: float = 1.0) -> Answer:
+    """Check one line, encode and label it; ValueError says what is wrong."""
+    raw = json.loads(line)
+    if not isinstance(raw, dict):
+        raise ValueError(f"got a JSON {type(raw).__name__}")
+    system = raw.get("system") or None
+    for key, value in (("prompt", raw.get("prompt")), ("response", raw.get("response")),
+                       ("system", system or "none")):
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"got {key} {json.dumps(value)[:40]}, expected text that is not empty")
+    ids = tokenizer.encode_prompt(raw["prompt"], system=system)
+    response = response_ids(raw, tokenizer)
+    labels = (spelled_labels(raw, response, tokenizer, negatives) if "labels" not in raw else
+              given_labels(raw, len(response)))
     if len(ids) + len(response) > context:
         raise ValueError(f"got {len(ids)} + {len(response)} tokens, prompt and response, beyond "
                          f"the context of {context}")
-    labels = token_labels(pieces, text, errors, negatives, -space)
-    return Answer(prompt, [*ids, *response], len(ids), labels)
+    return Answer(raw["prompt"], [*ids, *response], len(ids), labels, weight)
 
 
-def read_answers(path: str | Path, tokenizer: Tokenizer, *, context: int,
-                 negatives: str) -> list[Answer]:
+def read_answers(path: str | Path, tokenizer: Tokenizer, *, context: int, negatives: str,
+                 weight: float = 1.0) -> list[Answer]:
     """All answers of a file, the longest first (neighbours share a pass); ValueError by line."""
     answers = []
     for number, line in enumerate(Path(path).read_bytes().rstrip().splitlines(), 1):
         try:
-            answers.append(encode_answer(line, tokenizer, context=context, negatives=negatives))
+            answers.append(encode_answer(line, tokenizer, context=context, negatives=negatives,
+                                         weight=weight))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}; expected JSON with prompt, response "
-                             "and errors (spans)") from None
+                             "and errors (spans) or labels") from None
+    return by_length(answers)
+
+
+def by_length(answers: list[Answer]) -> list[Answer]:
     return sorted(answers, key=lambda answer: -len(answer.ids))
 
 
@@ -186,10 +233,10 @@ def load_features(answers: list[Answer], path: Path, *, cache: Path, device: tor
     return list(map(torch.cat, zip(*parts)))
 
 
-def fit(hidden: Tensor, labels: Tensor, train: Tensor, validation: Tensor, *, lr: float,
-        weight_decay: float, batch_size: int, epochs: int, seed: int,
+def fit(hidden: Tensor, labels: Tensor, weights: Tensor, train: Tensor, validation: Tensor, *,
+        lr: float, weight_decay: float, batch_size: int, epochs: int, seed: int,
         device: torch.device) -> tuple[Tensor, Tensor, int, float]:
-    """Train on rows `train` of hidden [N, D], labels [N]; ValueError if the loss diverges.
+    """Train on rows `train` of hidden [N, D], labels and weights [N]; ValueError: loss diverges.
 
     Returns weight float32 [1, D] and bias [1] for raw hidden states, best epoch and its loss.
     """
@@ -197,8 +244,8 @@ def fit(hidden: Tensor, labels: Tensor, train: Tensor, validation: Tensor, *, lr
     std, mean = torch.std_mean(x[train], 0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # a dimension that never changes stays 0
     x.sub_(mean).div_(std)
-    counts = labels[train].bincount(minlength=2)
-    class_weight = (len(train) / (2 * counts))[labels].to(device)  # [N], mean 1 over train
+    counts = labels[train].bincount(weights[train], minlength=2)
+    class_weight = (weights * (counts.sum() / (2 * counts))[labels]).to(device, torch.float32)
     weight, bias = (torch.zeros(n, device=device, requires_grad=True) for n in (x.shape[1], 1))
     optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=weight_decay)
     generator, best = torch.Generator().manual_seed(seed), (None, None, 0, math.inf)
@@ -277,7 +324,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint_path", required=True, metavar="DIR", help="target: a Hugging Face directory")
-    add("--data", required=True, metavar="FILE", help="labelled answers, JSON lines")
+    add("--data", required=True, metavar="FILE", nargs="+", help="labelled answers, JSON lines")
+    add("--weights", type=float, metavar="W", nargs="+",
+        help="of the files' tokens in the loss, one a file (default: 1)")
+    add("--only", choices=("all", "rejected"), default="all",
+        help="labelled tokens to train on: all, or those that the exact rule rejects "
+             "(default: %(default)s)")
     add("--output", metavar="FILE", help="the head (default: judge.safetensors beside the target)")
     add("--negatives", choices=("mistake", "onward"), default="mistake",
         help="what counts as wrong, see above (default: %(default)s)")
@@ -312,23 +364,58 @@ def check_options(args: argparse.Namespace) -> None:
     args.plot = Path(args.plot or args.output.with_suffix(".png"))
     for path in (args.output, args.plot, args.json):
         check_writable(path)
+    args.weights = args.weights or [1.0] * len(args.data)
+    if len(args.weights) != len(args.data) or not all(0 < w < math.inf for w in args.weights):
+        raise ValueError(f"got --weights {args.weights} for {len(args.data)} files, expected a "
+                         "positive number for each")
 
 
-def split_labels(answers: list[Answer], args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels [N], and which train and which validate; ValueError where one kind is missing."""
+class Rows(NamedTuple):
+    """All labelled tokens, N of them: label, loss weight, and whether it is for validation."""
+
+    labels: Tensor  # int64 [N]
+    weights: Tensor  # float64 [N]
+    held_out: Tensor  # bool [N]
+
+    def split(self, kept: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """Which of the rows `kept` (bool [N]) train and which validate; ValueError: one kind."""
+        sides = tuple((kept & (self.held_out == side)).nonzero()[:, 0] for side in (False, True))
+        for name, rows in zip(("training", "validation"), sides):
+            wrong, right = self.labels[rows].bincount(minlength=2).tolist()
+            if not (wrong and right):
+                raise ValueError(f"{what}: got {right} correct and {wrong} mistaken tokens in "
+                                 f"{name}, expected some of both; give more answers, with errors "
+                                 "and without, or another --seed")
+        return sides
+
+
+def label_rows(answers: list[Answer], args: argparse.Namespace) -> Rows:
+    """The labelled tokens of all answers, whole questions for validation."""
     questions = {answer.question for answer in answers}
     held = split_questions(questions, share=args.validation, seed=args.seed)
-    pairs = [(label, answer.question in held) for answer in answers for label in answer.labels
-             if label != LEFT_OUT]
-    labels, held_out = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
-    train, validation = ((held_out == side).nonzero()[:, 0] for side in (0, 1))
-    for name, rows in (("training", train), ("validation", validation)):
-        wrong, right = labels[rows].bincount(minlength=2).tolist()
-        if not (wrong and right):
-            raise ValueError(f"{args.data}: got {right} correct and {wrong} mistaken tokens in "
-                             f"{name}, expected some of both; give more answers, with errors and "
-                             "without, or another --seed")
-    return labels, train, validation
+    rows = [(label, answer.weight, answer.question in held) for answer in answers
+            for label in answer.labels if label != LEFT_OUT]
+    labels, weights, held_out = torch.tensor(rows, dtype=torch.float64).view(-1, 3).T
+    return Rows(labels.long(), weights, held_out.bool())
+
+
+def advice(curves: dict[str, dict], threshold: float, args: argparse.Namespace) -> str:
+    """What the head can do, in a paragraph, and the next command."""
+    curve = curves["rejected"]
+    if curve["roc_auc"] is None:
+        return ("Validation has no rejected tokens of both kinds, so what this head can do is not "
+                "known: label more answers.")
+    best = max((right for right, wrong in zip(curve["kept_correct"], curve["kept_wrong"])
+                if wrong <= 0.1), default=0.0)
+    at = curve["thresholds"].index(threshold)
+    return (f"Of the tokens that the exact rule rejects, this head tells right from wrong with an "
+            f"AUC of {curve['roc_auc']:.3f}: it can keep {best:.0%} of the right ones "
+            f"while it keeps 10% of the wrong ones. At its threshold {threshold:g} it keeps "
+            f"{curve['kept_correct'][at]:.0%} of the right and {curve['kept_wrong'][at]:.0%} of "
+            "the wrong, by the labels it was given. What that does to answers only answers can "
+            f"tell:\n    python scripts/calibrate.py --checkpoint_path {args.checkpoint_path} "
+            f"--draft_checkpoint_path DRAFT --judge {args.output} --prompts UNSEEN.jsonl "
+            "--check number --max_regressions 0.02")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -342,31 +429,47 @@ def main(args: argparse.Namespace) -> None:
     device = tp.pick_device(args.device)
     dtype = tp.pick_dtype(args.dtype, config, device)
     tp.check_world(config, tp.world_size(), str(path))
-    answers = read_answers(args.data, tokenizer, context=config.max_position_embeddings,
-                           negatives=args.negatives)
-    labels, train, validation = split_labels(answers, args)
+    context = config.max_position_embeddings
+    answers = by_length([
+        answer for data, weight in zip(args.data, args.weights)
+        for answer in read_answers(data, tokenizer, context=context, negatives=args.negatives,
+                                   weight=weight)])
+    rows, name = label_rows(answers, args), ", ".join(map(str, args.data))
+    rows.split(torch.ones_like(rows.held_out), name)  # before a weight is read
     Path(args.cache).mkdir(parents=True, exist_ok=True)
     shard = tp.start(device)
     parts = load_features(answers, path, cache=Path(args.cache), device=device, dtype=dtype,
                           shard=shard)
     tp.stop()
-    if shard.rank:
-        return  # the head is one rank's work
-    hidden, rejected = parts
+    if shard.rank == 0:  # the head is one rank's work
+        train_and_write(*parts, rows, answers, args, device)
+
+
+def train_and_write(hidden: Tensor, rejected: Tensor, rows: Rows, answers: list[Answer],
+                    args: argparse.Namespace, device: torch.device) -> None:
+    """Train on the rows asked for, choose the threshold, write and say what came of it."""
+    only = args.only == "rejected"
+    train, validation = rows.split(rejected if only else torch.ones_like(rejected),
+                                   f"{', '.join(map(str, args.data))}, --only {args.only}")
     names = ("lr", "weight_decay", "batch_size", "epochs", "seed")
-    options = {name: getattr(args, name) for name in names}
-    weight, bias, epoch, loss = fit(hidden, labels, train, validation, device=device, **options)
-    scores, seen = torch.sigmoid(hidden[validation].float() @ weight[0] + bias), labels[validation]
-    among, thresholds = rejected[validation], sorted({*GRID, args.threshold or 0.0})
+    weight, bias, epoch, loss = fit(hidden, rows.labels, rows.weights, train, validation,
+                                    device=device, **{name: getattr(args, name) for name in names})
+    validation = rows.held_out.nonzero()[:, 0]  # the curves are of all labelled tokens
+    scores = torch.sigmoid(hidden[validation].float() @ weight[0] + bias)
+    seen, among = rows.labels[validation], rejected[validation]
+    thresholds = sorted({*GRID, args.threshold or 0.0})
     curves = {"all": evaluate(scores, seen, thresholds),
               "rejected": evaluate(scores[among], seen[among], thresholds)}
     threshold = args.threshold
     if threshold is None:
         threshold = choose_threshold(curves["rejected"], args.max_kept_wrong)
     plot(args.plot, curves, threshold)
-    data = (f"{Path(args.data).name}: {len(answers)} answers, {len(labels)} labelled tokens, "
-            f"negatives: {args.negatives}")
-    metadata = {"target": path.resolve().name, "data": data, "threshold": str(threshold)}
+    files = ", ".join(Path(data).name + (f" x {weight:g}" if weight != 1 else "")
+                      for data, weight in zip(args.data, args.weights))
+    data = (f"{files}: {len(answers)} answers, {len(rows.labels)} labelled tokens, "
+            f"negatives: {args.negatives}" + (f", only {args.only}" if only else ""))
+    metadata = {"target": Path(args.checkpoint_path).resolve().name, "data": data,
+                "threshold": str(threshold)}
     JudgeHead(weight, bias, metadata).save(args.output)
     if args.json:
         report = vars(args) | metadata | {"threshold": threshold, "epoch": epoch,
@@ -374,7 +477,8 @@ def main(args: argparse.Namespace) -> None:
         with atomic_write(args.json) as aside:
             aside.write_text(json.dumps(report, default=str) + "\n")
     print(f"{data}\nvalidation loss {loss:.4f} after epoch {epoch}\n{table(curves, threshold)}")
-    print(f"wrote {args.output} (threshold {threshold:g}) and {args.plot}")
+    print(f"wrote {args.output} (threshold {threshold:g}) and {args.plot}\n")
+    print(advice(curves, threshold, args))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ verification rejects much that is right, while a grammar that knows every right 
     python scripts/demo_pair.py sweep                 # thresholds, on validation problems
     python scripts/demo_pair.py evaluate --seed 1 --problems 2000 --json eval.json
     python scripts/demo_pair.py int8                  # what int8 weights change, over the same problems
+    python scripts/demo_pair.py prompts --seed 3 --problems 300 --output prompts.jsonl   # for scripts/label.py
 
 What is made lies in build/demo; the pair itself in build/demo/pair, which the last three take with
 --pair build/demo/pair: by default they read the bundled pair. Speed and the best K are measured by
@@ -646,11 +647,13 @@ class TokenIdentity(Rule):
 
 
 class Way(NamedTuple):
-    """One way of WAYS to answer, at a K, with the judge's or the control's threshold."""
+    """One way of WAYS to answer, at a K, with the judge's or the control's threshold; the judge's
+    head is the pair's, or that of a file."""
 
     rule: str
     speculate_k: int = 16
     threshold: float | None = None
+    head: str | None = None
 
     def __str__(self) -> str:
         return f"{self.rule}, K={self.speculate_k}" + (f", threshold {self.threshold:g}" if self.threshold is not None else "")
@@ -680,6 +683,9 @@ class Bench:
             self.engines[alone, k] = Engine(*models, speculate_k=k, **self.options)
         return self.engines[alone, k]
 
+    def find_head(self, way: Way) -> JudgeHead:
+        return JudgeHead.load(way.head) if way.head else self.head
+
     def rule(self, way: Way) -> str | Rule:
         """What `generate` takes; one object a way, as rules are compiled by object."""
         if way.rule in ("draft", "target"):
@@ -689,7 +695,7 @@ class Bench:
         if way not in self.rules:
             self.rules[way] = (TokenIdentity(self.identity_scores, way.threshold)
                                if way.rule == "token_identity" else
-                               make_rule(way.rule, head=self.head, threshold=way.threshold))
+                               make_rule(way.rule, head=self.find_head(way), threshold=way.threshold))
         return self.rules[way]
 
     def answer(self, problem: Problem, way: Way) -> dict:
@@ -776,6 +782,15 @@ def held_out(seed: int, count: int) -> list[Problem]:
     return fresh_problems(seed, count, exclude=exclude)
 
 
+def run_prompts(args: argparse.Namespace) -> None:
+    """Write held-out problems as prompt lines: what a person would bring who has no grammar."""
+    check_writable(args.output)
+    lines = [json.dumps({"prompt": problem.prompt, "answer": NUMBERS[problem.answer]})
+             for problem in held_out(args.seed, args.problems)]
+    write_text(Path(args.output), "\n".join(lines) + "\n")
+    print(f"wrote {len(lines)} prompts to {args.output}")
+
+
 def settings(args: argparse.Namespace, dtype: torch.dtype) -> dict:
     """What a report says of itself: machine, commit, command, torch version; and its settings."""
     about = machine(torch.device("cpu")) | {"threads": 1}  # of a worker
@@ -807,11 +822,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.seed == VALIDATION_SEED:
         raise ValueError(f"got --seed {args.seed}, on which thresholds were chosen; expected another one")
     dtype, options = answering(args)
+    path = args.judge or args.pair / "judge.safetensors"
+    head = JudgeHead.load(path)
+    head.check(ModelConfig.from_checkpoint(args.pair / "target").hidden_size)
     problems = held_out(args.seed, args.problems)
-    head = JudgeHead.load(args.pair / "judge.safetensors")
     threshold = head.threshold if args.threshold is None else args.threshold
     thresholds = {"judge": threshold, "token_identity": args.identity_threshold}
-    ways = {rule: Way(rule, args.speculate_k, thresholds.get(rule)) for rule in WAYS}
+    ways = {rule: Way(rule, args.speculate_k, thresholds.get(rule),
+                      str(path) if rule == "judge" else None) for rule in WAYS}
     found = answer_problems(args.pair, problems, tuple(ways.values()), **options)
     answers = {rule: found[way] for rule, way in ways.items()}
     report: dict[str, dict] = {rule: summary(each) for rule, each in answers.items()}
@@ -820,7 +838,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     report["exact_differs_from_target"] = sum(
         a["tokens"] != b["tokens"] for a, b in zip(answers["exact"], answers["target"]))
     report["settings"] = settings(args, dtype) | {
-        "speculate_k": args.speculate_k, "threshold": threshold,
+        "speculate_k": args.speculate_k, "threshold": threshold, "judge": str(path),
         "identity_threshold": args.identity_threshold}
     print(f"\n{'rule':<16}{'accuracy':>9}{'accepted/round':>16}{'tokens/round':>14}"
           f"{'tokens/answer':>15}")
@@ -922,6 +940,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--seed", type=int, default=1,
                              help="stream of held-out problems (default: %(default)s)")
         command.add_argument("--speculate_k", type=int, default=16, help="default: %(default)s")
+    prompts = commands.add_parser("prompts", help="write problems as prompt lines with answers")
+    prompts.add_argument("--seed", type=int, required=True, help="stream of held-out problems")
+    prompts.add_argument("--problems", type=int, required=True, metavar="N")
+    prompts.add_argument("--output", required=True, metavar="FILE")
+    prompts.set_defaults(run=run_prompts)
+    evaluate.add_argument("--judge", type=Path, metavar="HEAD", help="default: the pair's own head")
     evaluate.add_argument("--threshold", type=float, help="default: the head's own")
     evaluate.add_argument("--identity_threshold", type=float, default=0.95, help="the control's, by sweep (default: %(default)s)")
     sweep = reader_arguments(commands, run_sweep, "sweep",

@@ -1,0 +1,287 @@
+"""Label a pair's own answers for train_head.py: no annotators, only prompts and the two models.
+
+Each labeler (scripts/labelers.py) finds out in its own way which tokens the target can live with:
+`swap` by what becomes of the answer, `likelihood` by the target's own probabilities, `bisect` by
+sampled rollouts, `corrupt` by planting mistakes. Several add up: --labeler swap,corrupt. All but
+`likelihood` compare results, so they need prompts with one (--check number, choice or exact).
+
+    python scripts/label.py --checkpoint_path TARGET --draft_checkpoint_path DRAFT \\
+        --prompts train.jsonl --labeler swap --check number --output labels.jsonl
+    python scripts/label.py ... --dry_run              # what it would cost, from a few prompts
+    torchrun --standalone --nproc_per_node=8 scripts/label.py ...
+    python train_head.py --checkpoint_path TARGET --data labels.jsonl --only rejected
+
+Output: JSON lines: `prompt`, `system`, `response` (cut after the token in question), `errors`
+(spans of wrong tokens), `labels` (token: its index in the response, right, labeler, score,
+rollouts), and `response_ids` where the text alone would be read as other tokens. A killed run goes
+on from OUTPUT.partial when it is started again; OUTPUT appears when all prompts are done.
+
+likelihood's τ: --tau, or with swap in the same run the --tau_quantile of the scores of the tokens
+that swap found wrong. Labels keep their score, so another τ needs no other run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import terminal  # noqa: E402
+import tp  # noqa: E402
+from checkpoint import atomic_write, check_writable  # noqa: E402
+from scripts.answers import CHECKS, Prompt, read_prompts  # noqa: E402
+from scripts.jobs import Journal, PairSetup, file_hash, pair_options  # noqa: E402
+from scripts.labelers import LABELERS, NEED_CHECK, Example, Label, Pair, Task  # noqa: E402
+from terminal import say  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+DRY_RUN_PROMPTS = 4
+TAU_LABELS = 20  # wrong tokens, at least, that a quantile of their scores may rest on
+TAU = -5.0  # where swap gives none (docs/train-a-judge.md says how well it does)
+ANSWERS = "answers"  # what target and draft write before any labeler looks
+
+
+def label_prompt(pair: Pair, prompt: Prompt, args: argparse.Namespace, makers: dict,
+                 index: int) -> dict:
+    """All labels of one prompt: a journal line. A token that two labelers label counts once."""
+    task = Task(pair, prompt, CHECKS.get(args.check), seed=args.seed * 1_000_003 + index,
+                score_swaps="likelihood" in makers)
+    line: dict = {"index": index, "examples": [], "notes": [], "cost": {}}
+    if task.room < 2:
+        return line | {"notes": [f"the prompt's {len(task.ids)} tokens fill the context"]}
+    seen: set[tuple[int, ...]] = set()
+    for name, labeler in makers.items():
+        before, shared = (pair.decoded, pair.read), list(task.answers_cost)
+        began, labels = time.perf_counter(), 0
+        for response, found in labeler(task):
+            new = [label for label in found if tuple(response[:label.token + 1]) not in seen]
+            seen |= {tuple(response[:label.token + 1]) for label in new}
+            labels += len(new)
+            if new:
+                line["examples"].append([response, new])
+        shared = [now - then for now, then in zip(task.answers_cost, shared)]
+        line["cost"][name] = {
+            "labels": labels, "decoded": pair.decoded - before[0] - shared[0],
+            "read": pair.read - before[1] - shared[1], "seconds": time.perf_counter() - began}
+    line["cost"][ANSWERS] = {"labels": 0, "decoded": task.answers_cost[0],
+                             "read": task.answers_cost[1], "seconds": 0.0}
+    return line | {"notes": task.notes}
+
+
+def examples(line: dict) -> list[Example]:
+    """The examples of a journal line."""
+    return [Example(response, [Label(*label) for label in labels])
+            for response, labels in line["examples"]]
+
+
+def find_tau(lines: list[dict], args: argparse.Namespace) -> tuple[float, str]:
+    """likelihood's threshold and where it is from."""
+    if args.tau is not None:
+        return args.tau, "as given"
+    right, wrong = ([label.score for line in lines for example in examples(line)
+                     for label in example.labels if label.labeler == "swap"
+                     and label.score is not None and label.right is kind] for kind in (True, False))
+    if len(wrong) < TAU_LABELS:
+        return TAU, f"the default; {len(wrong)} tokens that swap found wrong had a score"
+    tau = torch.tensor(wrong, dtype=torch.float64).quantile(args.tau_quantile).item()
+    source = (f"the {args.tau_quantile:g} quantile over {len(wrong)} tokens that swap found wrong; "
+              f"a share of {sum(s > tau for s in right) / max(len(right), 1):.0%} of the "
+              f"{len(right)} that it found right exceed it")
+    return tau, source
+
+
+def record(prompt: Prompt, example: Example, tokenizer: Tokenizer, tau: float) -> dict:
+    """One line of the output."""
+    ids, labels, errors = example.response, [], []
+    text = tokenizer.decode(ids)
+    for label in example.labels:
+        right = label.score > tau if label.right is None else label.right
+        labels.append({"token": label.token, "right": right, "labeler": label.labeler,
+                       "score": label.score, "rollouts": label.rollouts})
+        if not right:
+            begin, end = (len(tokenizer.decode(ids[:stop])) for stop in (label.token,
+                                                                         label.token + 1))
+            errors.append([min(begin, max(end - 1, 0)), max(end, 1)])
+    line = {"prompt": prompt.text, "response": text, "errors": errors, "labels": labels}
+    if prompt.system:
+        line["system"] = prompt.system
+    if tokenizer.encode(text) != ids:
+        line["response_ids"] = ids
+    return line
+
+
+def finish(lines: list[dict], prompts: list[Prompt], args: argparse.Namespace,
+           tokenizer: Tokenizer) -> None:
+    """Write OUTPUT from all journal lines, then say what there is."""
+    tau, source = find_tau(lines, args)
+    counts: Counter = Counter()
+    with atomic_write(args.output) as aside, aside.open("w", encoding="utf-8") as file:
+        for line in lines:
+            for example in examples(line):
+                made = record(prompts[line["index"]], example, tokenizer, tau)
+                counts.update((label["labeler"], label["right"]) for label in made["labels"])
+                if made["response"]:
+                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
+    if "likelihood" in args.labeler:
+        print(f"likelihood: right where the score exceeds {tau:.2f} ({source})")
+    print_costs(lines, counts)
+    notes = Counter(note for line in lines for note in line["notes"])
+    for note, count in notes.most_common(8):
+        print(f"{count} prompts: {note}")
+    print(f"wrote {args.output}\nnext: python train_head.py --checkpoint_path "
+          f"{args.checkpoint_path} --data {args.output} --only rejected")
+
+
+def costs(lines: list[dict]) -> dict[str, Counter]:
+    """Sums over prompts, by labeler."""
+    total: dict[str, Counter] = {}
+    for line in lines:
+        for name, cost in line["cost"].items():
+            total.setdefault(name, Counter()).update(cost)
+    return total
+
+
+def print_costs(lines: list[dict], counts: Counter) -> None:
+    """A row a labeler: labels and target tokens, written and read."""
+    print(f"\n{'labeler':<12}{'right':>9}{'wrong':>9}{'target tokens':>15}{'a label':>9}"
+          f"{'read':>12}{'a label':>9}{'seconds':>9}")
+    for name, cost in costs(lines).items():
+        labels = max(cost["labels"], 1)
+        each = [f"{cost[key] / labels:.1f}" if name != ANSWERS else "" for key in ("decoded",
+                                                                                   "read")]
+        print(f"{name:<12}{counts[name, True]:>9,}{counts[name, False]:>9,}{cost['decoded']:>15,}"
+              f"{each[0]:>9}{cost['read']:>12,}{each[1]:>9}{cost['seconds']:>9.0f}")
+
+
+def dry_run(pair: Pair, prompts: list[Prompt], left: list[int], args: argparse.Namespace,
+            makers: dict) -> None:
+    """Label a few prompts, spread over what is left, throw the labels away, and extrapolate."""
+    count = min(DRY_RUN_PROMPTS + 1, len(left))
+    some = [left[i * len(left) // count] for i in range(count)]
+    lines, seconds = [], []
+    for index in tqdm(some, desc="trying", unit=" prompts"):
+        start = time.perf_counter()
+        lines.append(label_prompt(pair, prompts[index], args, makers, index))
+        seconds.append(time.perf_counter() - start)
+    if count > 1:  # the first prompt compiles
+        lines, seconds = lines[1:], seconds[1:]
+    decoded, read = (sum(cost[key] for line in lines for cost in line["cost"].values())
+                     for key in ("decoded", "read"))
+    labels = sum(len(example[1]) for line in lines for example in line["examples"])
+    each = len(left) / len(lines)
+    print(f"{len(left)} prompts; from {len(lines)} of them: about {labels * each:,.0f} labels, "
+          f"{decoded * each:,.0f} target tokens written and {read * each:,.0f} read, "
+          f"{sum(seconds) * each / 3600:.2f} hours at {decoded / sum(seconds):.0f} target tokens/s "
+          "(prompts differ: take it as a rough figure)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prompts", required=True, metavar="FILE",
+        help="JSON lines: prompt (perhaps system, answer), or GSM8K's question and answer")
+    add("--labeler", required=True, metavar="NAME,...", help=f"of {', '.join(LABELERS)}")
+    add("--check", choices=CHECKS, help="what makes two answers the same")
+    add("--output", required=True, metavar="FILE", help="the labels, JSON lines")
+    add("--limit", type=int, metavar="N", help="the first N prompts alone")
+    add("--dry_run", action="store_true", help="say what it would cost, and end")
+    add("--seed", type=int, default=0, help="of rollouts and corruptions (default: %(default)s)")
+    add("--rollouts", type=int, default=8, help="bisect: in one batch (default: %(default)s)")
+    add("--rollout_temperature", type=float, default=0.7, help="bisect (default: %(default)s)")
+    add("--corruptions", type=int, default=2, help="corrupt: an answer (default: %(default)s)")
+    add("--horizon", type=int, default=20, metavar="N",
+        help="likelihood: tokens after the one in question that count, 0: none but its own "
+             "probability (default: %(default)s)")
+    add("--tau", type=float, help=f"likelihood's threshold (default: from swap, else {TAU:g})")
+    add("--tau_quantile", type=float, default=0.9,
+        help="of the scores of what swap found wrong (default: %(default)s)")
+    return pair_options(parser, speculate_k=8).parse_args(argv)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for options out of range, FileNotFoundError for places that cannot be written."""
+    args.labeler = args.labeler.split(",")
+    for name in args.labeler:
+        if name not in LABELERS:
+            raise ValueError(f"got labeler {name!r}, expected some of {', '.join(LABELERS)}")
+    if needing := NEED_CHECK.intersection(args.labeler) if args.check is None else ():
+        raise ValueError(f"got --labeler {','.join(sorted(needing))} without --check, expected "
+                         f"one of {', '.join(CHECKS)}: it compares results")
+    for name, low, high in (("limit", 1, 1e12), ("seed", 0, 2**31), ("rollouts", 2, 1024),
+                            ("rollout_temperature", 1e-3, 100), ("corruptions", 1, 1000),
+                            ("horizon", 0, 1000), ("tau_quantile", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"got --{name} {value}, expected a number from {low:g} to {high:g}")
+    check_writable(args.output)
+    if Path(args.output).exists() and not args.dry_run and not partial(args).exists():
+        raise ValueError(f"{args.output}: is there already; remove it or give another --output")
+
+
+def partial(args: argparse.Namespace) -> Path:
+    return Path(f"{args.output}.partial")
+
+
+def job_key(args: argparse.Namespace, setup: PairSetup) -> dict:
+    """What the labels depend on, but for τ, which is applied at the end."""
+    names = ("labeler", "check", "limit", "seed", "rollouts", "rollout_temperature", "corruptions",
+             "horizon")
+    return {"prompts": file_hash(args.prompts), **{name: getattr(args, name) for name in names},
+            **setup.key()}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the command line; ValueError and OSError are a user's mistakes."""
+    check_options(args)
+    setup = PairSetup.from_args(args)
+    prompts = read_prompts(args.prompts, limit=args.limit)
+    longest = max(len(setup.tokenizer.encode_prompt(prompt.text, system=prompt.system))
+                  for prompt in prompts)
+    shard = tp.start(setup.device)
+    terminal.only_first_rank_speaks(shard)
+    models = setup.load(shard)
+    pair = Pair(*models, setup, setup.length(longest), rollouts=args.rollouts,
+                temperature=args.rollout_temperature, horizon=args.horizon)
+    makers = {name: LABELERS[name](args) for name in args.labeler}
+    if args.dry_run:
+        dry_run(pair, prompts, list(range(len(prompts))), args, makers)
+        return tp.stop()
+    with Journal(partial(args), job_key(args, setup), shard) as journal:
+        run(pair, prompts, journal, args, makers)
+    if shard.rank == 0:
+        finish(journal.lines, prompts, args, setup.tokenizer)
+        partial(args).unlink()
+    tp.stop()
+
+
+def run(pair: Pair, prompts: list[Prompt], journal: Journal, args: argparse.Namespace,
+        makers: dict) -> None:
+    """Label what the journal lacks, a prompt at a time."""
+    done = len(journal.lines)
+    if done:
+        say(f"going on after {done} of {len(prompts)} prompts")
+    tally, target_tokens = Counter(), 0
+    with tqdm(total=len(prompts), initial=done, desc="labels", unit=" prompts",
+              disable=pair.target.shard.rank > 0) as bar:
+        for index in range(done, len(prompts)):
+            line = label_prompt(pair, prompts[index], args, makers, index)
+            journal.append(line)
+            tally.update(label[1] for example in line["examples"] for label in example[1])
+            target_tokens += sum(cost["decoded"] for cost in line["cost"].values())
+            bar.set_postfix({"right": tally[True], "wrong": tally[False], "open": tally[None],
+                             "target tokens": target_tokens}, refresh=False)
+            bar.update()
+
+
+if __name__ == "__main__":
+    terminal.run_main(lambda: main(parse_args()), "label.py")
