@@ -244,6 +244,7 @@ def fit(hidden: Tensor, labels: Tensor, weights: Tensor, train: Tensor, validati
     std, mean = torch.std_mean(x[train], 0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # a dimension that never changes stays 0
     x.sub_(mean).div_(std)
+    weights = weights / weights[train].mean()
     counts = labels[train].bincount(weights[train], minlength=2)
     class_weight = (weights * (counts.sum() / (2 * counts))[labels]).to(device, torch.float32)
     weight, bias = (torch.zeros(n, device=device, requires_grad=True) for n in (x.shape[1], 1))

@@ -19,6 +19,7 @@ are kept in HEAD.calibration, from which a killed run goes on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import shlex
@@ -273,7 +274,8 @@ def conclude(args: argparse.Namespace, prompts: list[Prompt], calibration: Calib
     alone = calibration.target_alone()
     expected = expected_results(prompts, alone, calibration.check)
     most = allowed(len(prompts), args.max_regressions)
-    steps = walk_down(calibration.walk, expected, alone, sequence(args.step, args.lowest),
+    thresholds = sequence(args.step, args.lowest)
+    steps = walk_down(calibration.walk, expected, alone, thresholds,
                       most=None if args.record else most, quiet=calibration.quiet)
     if calibration.quiet:
         return
@@ -296,7 +298,14 @@ def conclude(args: argparse.Namespace, prompts: list[Prompt], calibration: Calib
           f"{about['bound']:.2%} of prompts like these ({about['domain']}) are answered wrong that "
           f"the target alone gets right: {step['regressions']} of {len(prompts)} were here. "
           f"{step['tokens_per_round']:.2f} tokens a round, {steps[0]['tokens_per_round']:.2f} by "
-          f"the exact rule.\nwrote it into {args.output}\nnext: python generate.py "
+          f"the exact rule.")
+    if chosen + 1 < len(thresholds):
+        print(f"The next step, {thresholds[chosen + 1]:g}, had more than the {most} regressions "
+              f"that {len(prompts)} prompts allow at {args.max_regressions:g}.")
+    if chosen == 0:
+        print("So the judge keeps nothing: nothing looser can be promised. Give more prompts, a "
+              "larger --max_regressions, or a better head.")
+    print(f"wrote it into {args.output}\nnext: python generate.py "
           f"--checkpoint_path {args.checkpoint_path} --draft_checkpoint_path "
           f"{args.draft_checkpoint_path} --judge {args.output}")
 
@@ -318,8 +327,9 @@ def main(args: argparse.Namespace) -> None:
                     max_seq_length=setup.length(longest), tokenizer=setup.tokenizer)
     journal_path = Path(f"{args.output}.calibration")
     # the head by its tensors: a calibrated copy of it is the same head
+    tensors = head.weight.numpy().tobytes() + head.bias.numpy().tobytes()
     key = {"prompts": file_hash(args.prompts), "check": args.check, "limit": args.limit,
-           "head": [head.weight.double().sum().item(), head.bias.item()], **setup.key()}
+           "head": hashlib.sha256(tensors).hexdigest()[:16], **setup.key()}
     with Journal(journal_path, key, shard) as journal:
         conclude(args, prompts, Calibration(engine, prompts, journal, args), head, setup)
     if shard.rank == 0:

@@ -147,25 +147,33 @@ class Journal:
             raise ValueError(problem)
 
     def _open(self, key: dict) -> list[dict]:
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[:data.rfind(b"\n") + 1]
+        self.file = self.path.open("a+b")
         try:
-            found, *lines = [json.loads(line) for line in whole.splitlines()] or [key]
-            different = [f"{name}: {found.get(name)!r}, now {key.get(name)!r}"
-                         for name in {**found, **key} if found.get(name) != key.get(name)]
-        except (ValueError, AttributeError):
-            raise ValueError(f"{self.path}: got a damaged file, expected the JSON lines of a run "
-                             "to go on with; remove it to start anew") from None
-        if different:
-            raise ValueError(f"{self.path}: got a run of other settings ({'; '.join(different)}), "
-                             "expected the same to go on with; remove it to start anew")
-        self.file = self.path.open("ab")
+            return self._read(key)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _read(self, key: dict) -> list[dict]:
         if fcntl:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"{self.path}: another run is writing it; wait for it, or give "
                                  "another output") from None
+        self.file.seek(0)
+        data = self.file.read()
+        whole = data[:data.rfind(b"\n") + 1]
+        try:
+            found, *lines = [dict(json.loads(line)) for line in whole.splitlines()] or [key]
+        except (ValueError, TypeError):
+            raise ValueError(f"{self.path}: got a damaged file, expected the JSON lines of a run "
+                             "to go on with; remove it to start anew") from None
+        different = [f"{name}: {found.get(name)!r}, now {key.get(name)!r}"
+                     for name in {**found, **key} if found.get(name) != key.get(name)]
+        if different:
+            raise ValueError(f"{self.path}: got a run of other settings ({'; '.join(different)}), "
+                             "expected the same to go on with; remove it to start anew")
         self.file.truncate(len(whole))
         if not whole:
             self._write(key)

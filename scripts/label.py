@@ -23,7 +23,10 @@ that swap found wrong. Labels keep their score, so another τ needs no other run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import shlex
 import sys
 import time
 from collections import Counter
@@ -99,12 +102,35 @@ def find_tau(lines: list[dict], args: argparse.Namespace) -> tuple[float, str]:
     return tau, source
 
 
+def read_tau(given: str | None, horizon: int) -> float | None:
+    """--tau as a number, or what a run with --json found; ValueError for neither."""
+    if given is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(tau := float(given)):
+            return tau
+    try:
+        report = json.loads(Path(given).read_text())
+        tau, other = float(report["tau"]), report["horizon"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"got --tau {given}, expected a number or what label.py --json FILE "
+                         "wrote") from None
+    if other != horizon:
+        raise ValueError(f"got --tau {given}, found at horizon {other}, with --horizon {horizon}; "
+                         "expected the same")
+    return tau
+
+
 def record(prompt: Prompt, example: Example, tokenizer: Tokenizer, tau: float) -> dict:
     """One line of the output."""
+    verdicts = [label.score > tau if label.right is None else label.right
+                for label in example.labels]
+    first = verdicts.index(False) if False in verdicts else len(verdicts)
     ids, labels, errors = example.response, [], []
+    if first < len(verdicts):  # what follows a wrong token is not known
+        ids = ids[:example.labels[first].token + 1]
     text = tokenizer.decode(ids)
-    for label in example.labels:
-        right = label.score > tau if label.right is None else label.right
+    for label, right in list(zip(example.labels, verdicts))[:first + 1]:
         labels.append({"token": label.token, "right": right, "labeler": label.labeler,
                        "score": label.score, "rollouts": label.rollouts})
         if not right:
@@ -134,6 +160,13 @@ def finish(lines: list[dict], prompts: list[Prompt], args: argparse.Namespace,
     if "likelihood" in args.labeler:
         print(f"likelihood: right where the score exceeds {tau:.2f} ({source})")
     print_costs(lines, counts)
+    if args.json:
+        report = {"command": shlex.join(["python", *sys.argv]), "prompts": len(lines), "tau": tau,
+                  "tau_from": source, "horizon": args.horizon, "labelers": {name: {
+                      **cost, "right": counts[name, True], "wrong": counts[name, False]}
+                      for name, cost in costs(lines).items()}}
+        with atomic_write(args.json) as aside:
+            aside.write_text(json.dumps(report, indent=1) + "\n")
     notes = Counter(note for line in lines for note in line["notes"])
     for note, count in notes.most_common(8):
         print(f"{count} prompts: {note}")
@@ -193,6 +226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--labeler", required=True, metavar="NAME,...", help=f"of {', '.join(LABELERS)}")
     add("--check", choices=CHECKS, help="what makes two answers the same")
     add("--output", required=True, metavar="FILE", help="the labels, JSON lines")
+    add("--json", metavar="FILE", help="write what the labels took, by labeler")
     add("--limit", type=int, metavar="N", help="the first N prompts alone")
     add("--dry_run", action="store_true", help="say what it would cost, and end")
     add("--seed", type=int, default=0, help="of rollouts and corruptions (default: %(default)s)")
@@ -202,7 +236,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--horizon", type=int, default=20, metavar="N",
         help="likelihood: tokens after the one in question that count, 0: none but its own "
              "probability (default: %(default)s)")
-    add("--tau", type=float, help=f"likelihood's threshold (default: from swap, else {TAU:g})")
+    add("--along", choices=("target", "draft", "both"), default="target",
+        help="likelihood: whose answer the draft's tokens stand in; the draft's needs --horizon 0 "
+             "and no target tokens (default: %(default)s)")
+    add("--tau", metavar="τ", help="likelihood's threshold: a number, or the file that --json of a "
+        f"run with swap wrote (default: from swap in this run, else {TAU:g})")
     add("--tau_quantile", type=float, default=0.9,
         help="of the scores of what swap found wrong (default: %(default)s)")
     return pair_options(parser, speculate_k=8).parse_args(argv)
@@ -210,10 +248,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_options(args: argparse.Namespace) -> None:
     """ValueError for options out of range, FileNotFoundError for places that cannot be written."""
-    args.labeler = args.labeler.split(",")
-    for name in args.labeler:
+    for name in (wanted := args.labeler.split(",")):
         if name not in LABELERS:
             raise ValueError(f"got labeler {name!r}, expected some of {', '.join(LABELERS)}")
+    args.labeler = [name for name in LABELERS if name in wanted]  # swap first: τ is from its labels
+    if args.along != "target" and args.horizon:
+        raise ValueError(f"got --along {args.along} with --horizon {args.horizon}, expected "
+                         "--horizon 0: the draft's answer has no other continuation to compare")
     if needing := NEED_CHECK.intersection(args.labeler) if args.check is None else ():
         raise ValueError(f"got --labeler {','.join(sorted(needing))} without --check, expected "
                          f"one of {', '.join(CHECKS)}: it compares results")
@@ -223,7 +264,9 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"got --{name} {value}, expected a number from {low:g} to {high:g}")
-    check_writable(args.output)
+    args.tau = read_tau(args.tau, args.horizon)
+    for path in (args.output, args.json):
+        check_writable(path)
     if Path(args.output).exists() and not args.dry_run and not partial(args).exists():
         raise ValueError(f"{args.output}: is there already; remove it or give another --output")
 
@@ -235,7 +278,7 @@ def partial(args: argparse.Namespace) -> Path:
 def job_key(args: argparse.Namespace, setup: PairSetup) -> dict:
     """What the labels depend on, but for τ, which is applied at the end."""
     names = ("labeler", "check", "limit", "seed", "rollouts", "rollout_temperature", "corruptions",
-             "horizon")
+             "horizon", "along")
     return {"prompts": file_hash(args.prompts), **{name: getattr(args, name) for name in names},
             **setup.key()}
 
@@ -250,8 +293,9 @@ def main(args: argparse.Namespace) -> None:
     shard = tp.start(setup.device)
     terminal.only_first_rank_speaks(shard)
     models = setup.load(shard)
-    pair = Pair(*models, setup, setup.length(longest), rollouts=args.rollouts,
-                temperature=args.rollout_temperature, horizon=args.horizon)
+    pair = Pair(*models, setup, setup.length(longest), horizon=args.horizon,
+                rollouts=args.rollouts if "bisect" in args.labeler else 1,
+                temperature=args.rollout_temperature)
     makers = {name: LABELERS[name](args) for name in args.labeler}
     if args.dry_run:
         dry_run(pair, prompts, list(range(len(prompts))), args, makers)

@@ -6,8 +6,9 @@ decode greedily but for rollouts, and each answer ends at a stop token or has no
 swap (AutoJudge, arXiv 2504.20039, Algorithm 1): along the target's answer, put the draft's token
     where it differs, let the target go on, and compare the results: right if the same (and then the
     answer goes on from there). It asks what the target can recover from, at a rollout a label.
-likelihood (SelfJudge, arXiv 2510.02329): how much less likely the target finds its own next N
-    tokens once the draft's token stands before them. N + 1 tokens read a label; needs no check.
+likelihood (SelfJudge, arXiv 2510.02329): how much less likely the target finds the draft's token
+    than its own, and its own next N tokens once that stands before them. N + 1 tokens read a label;
+    needs no check. Our addition: along the draft's answer, too, where one pass labels all.
 bisect: of the draft's wrong answers, the first token after which the share of sampled rollouts of
     the target that still come out right falls below half of what it was: log2(n) batches of
     rollouts an answer. Of the draft's right answers every token is right.
@@ -65,11 +66,12 @@ def rollout_step(model: Transformer, tokens: Tensor, input_pos: Tensor, temperat
 
 
 def log_prob_step(model: Transformer, tokens: Tensor, input_pos: Tensor, chosen: Tensor, *,
-                  rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """tokens [1, S] at input_pos [S], chosen [S, C] -> log P(chosen next) [S, C], argmax [S]."""
+                  rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [1, S] at input_pos [S], chosen [S, C] -> log P(chosen next) [S, C], of the argmax [S],
+    and the argmax [S]."""
     hidden = model(tokens, input_pos, rows)[0]
-    logits = model.shard.gather(model.logits(hidden).float())  # [S, V]
-    return logits.log_softmax(-1).gather(1, chosen), logits.argmax(-1)
+    found = model.shard.gather(model.logits(hidden).float()).log_softmax(-1)  # [S, V]
+    return found.gather(1, chosen), found.amax(-1), found.argmax(-1)
 
 
 class Pair:
@@ -130,11 +132,11 @@ class Pair:
 
     @torch.no_grad()
     def log_probs(self, ids: list[int], begin: int, chosen: list[list[int]]) -> tuple:
-        """Read ids from position `begin` on: log P(chosen), lists of [C], and argmax, a position.
+        """Read ids from position `begin` on: log P(chosen), lists of [C]; of the argmax; the argmax.
 
         Entry i is of the token after ids[begin + i]. What was before `begin` must be in the cache.
         """
-        device, found = self.target.device, ([], [])
+        device, found = self.target.device, ([], [], [])
         positions = torch.arange(begin, len(ids), device=device)
         tokens, chosen = torch.tensor(ids[begin:], device=device), torch.tensor(chosen).to(device)
         fixed = len(tokens) == self.horizon + 1  # one shape, worth compiling; others come once
@@ -300,23 +302,46 @@ def scores(task: Task, y: list[int], drafted: dict[int, int]) -> dict[int, float
         if not after:
             continue
         padding = [0] * (N - len(after))  # one shape, read in vain
-        rows, _ = pair.log_probs([*ids[:n + i], drafted[i], *after, *padding], n + i,
-                                 [[token] for token in (*after, *padding, 0)])
+        rows = pair.log_probs([*ids[:n + i], drafted[i], *after, *padding], n + i,
+                              [[token] for token in (*after, *padding, 0)])[0]
         found[i] += sum(rows[j][0] - base[i + 1 + j][0] for j in range(len(after)))
     return found
 
 
-def likelihood(task: Task) -> Iterator[Example]:
-    """SelfJudge's score for every token of the draft along the target's own answer."""
-    pair, y = task.pair, task.target_answer
-    if not y:
-        task.notes.append("the target wrote no answer")
-        return
-    favourites = pair.favourites([*task.ids, *y], len(task.ids))
-    drafted = {i: d for i, (d, t) in enumerate(zip(favourites, y)) if d != t
-               and d not in pair.silent}
-    for i, score in sorted(scores(task, y, drafted).items()) if drafted else ():
-        yield Example([*y[:i], drafted[i]], [Label(i, None, "likelihood", score=score)])
+class Likelihood:
+    """SelfJudge's score for the draft's tokens. along: whose answer they stand in.
+
+    target: where the draft would differ from the target's own answer, as published. draft: where
+    the target would differ from the draft's own answer, up to the first wrong token, which is what
+    a judge reads in use; there is no other continuation to compare with, so the horizon is 0, and
+    nothing is decoded by the target at all.
+    """
+
+    def __init__(self, along: str = "target"):
+        self.along = along
+
+    def __call__(self, task: Task) -> Iterator[Example]:
+        if self.along in ("target", "both"):
+            yield from self.along_target(task)
+        if self.along in ("draft", "both"):
+            yield from self.along_draft(task)
+
+    def along_target(self, task: Task) -> Iterator[Example]:
+        pair, y = task.pair, task.target_answer
+        favourites = pair.favourites([*task.ids, *y], len(task.ids))
+        drafted = {i: d for i, (d, t) in enumerate(zip(favourites, y)) if d != t
+                   and d not in pair.silent}
+        for i, score in sorted(scores(task, y, drafted).items()) if drafted else ():
+            yield Example([*y[:i], drafted[i]], [Label(i, None, "likelihood", score=score)])
+
+    def along_draft(self, task: Task) -> Iterator[Example]:
+        pair, z, n = task.pair, task.draft_answer, len(task.ids)
+        chosen = [*[[0]] * (n - 1), *([token] for token in z)]
+        own, best, argmax = pair.log_probs([*task.ids, *z[:-1]], 0, chosen)
+        labels = [Label(i, None, "likelihood", score=own[row][0] - best[row])
+                  for i, row in enumerate(range(n - 1, n - 1 + len(z)))
+                  if argmax[row] != z[i] and z[i] not in pair.silent]
+        yield Example(task.strip(z), labels)
 
 
 def bisect(task: Task) -> Iterator[Example]:
@@ -328,8 +353,11 @@ def bisect(task: Task) -> Iterator[Example]:
     if task.result(z) == task.right:
         yield task.all_right(z, "bisect")
         return
-    _, argmax = pair.log_probs([*task.ids, *z[:-1]], 0, [[0]] * (n + len(z) - 1))
+    argmax = pair.log_probs([*task.ids, *z[:-1]], 0, [[0]] * (n + len(z) - 1))[-1]
     places = [i for i, token in enumerate(z) if argmax[n - 1 + i] != token]
+    if not places:
+        task.notes.append("the target would have written the draft's wrong answer")
+        return
     rollouts = 0
 
     def share(length: int) -> float:
@@ -341,9 +369,8 @@ def bisect(task: Task) -> Iterator[Example]:
                    for one in answers) / pair.rollouts
 
     high, low, at = share(0), None, len(places) - 1
-    if not high or not places:
-        task.notes.append("the target never came out right" if places else
-                          "the target would have written the draft's wrong answer")
+    if not high:
+        task.notes.append("the target never came out right")
         return
     begin = -1  # index of the last place after which the share is still high
     while at - begin > 1:
@@ -404,6 +431,6 @@ class Corrupt:
 
 
 LABELERS: dict[str, Callable[..., Callable[[Task], Iterator[Example]]]] = {
-    "swap": lambda args: swap, "likelihood": lambda args: likelihood,
+    "swap": lambda args: swap, "likelihood": lambda args: Likelihood(args.along),
     "bisect": lambda args: bisect, "corrupt": lambda args: Corrupt(args.corruptions)}
 NEED_CHECK = {"swap", "bisect", "corrupt"}

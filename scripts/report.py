@@ -30,10 +30,12 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import atomic_write  # noqa: E402
 
-PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md", "docs/hacking.md", "docs/quality.md")
+PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md", "docs/hacking.md", "docs/quality.md",
+         "docs/train-a-judge.md")
 BLOCK = re.compile(r"<!-- table: ([\w ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 HERE = "@/"  # stands for the way from a page to the repository's root, in links
 BENCH, PAIR = "python scripts/bench.py", "python scripts/demo_pair.py"
+LABELS = "python scripts/bench_labels.py"
 COMMANDS = {  # what makes each record; a record that names its own command overrules this
     "pair_cpu": f"{BENCH} pair --json benchmarks/pair_cpu.json",
     "limit_cpu": f"{BENCH} limit --json benchmarks/limit_cpu.json",
@@ -92,7 +94,7 @@ class Record:
 
     @property
     def command(self) -> str:
-        said = (self.setting("machine") or {}).get("command") or self("note")
+        said = (self.setting("machine") or {}).get("command") or self("command") or self("note")
         return said or COMMANDS.get(self.name, "not recorded")
 
     def about(self) -> str:
@@ -387,9 +389,66 @@ def int8_quality(record: Record) -> list[str]:
             f"{record.setting('speculate_k')}.", "", record.about()]
 
 
+def labels(record: Record) -> list[str]:
+    """What each labeler calls wrong, beside the grammar and the target's answers; what it took."""
+    rows = []
+    for name, row in record("labelers").items():
+        cost = {key: sum(part[key] for part in row["cost"]["labelers"].values())
+                for key in ("decoded", "read", "labels", "seconds")} if "cost" in row else None
+        tokens, questions = row["grammar"]["tokens"], (row["grammar"], row["answer"])
+        each = (number(cost[key] / cost["labels"], ".1f") for key in ("decoded", "read")) \
+            if cost else ("–", "–")
+        rows.append((name, f"{tokens:,}", *(percent(value, 1) for part in questions for value in (
+            part["is_wrong"] / max(part["tokens"], 1), part["precision"], part["recall"])),
+            *each, number(cost and cost["seconds"], ".0f")))
+    head = ("labels", "tokens", *("wrong", "precision", "recall") * 2, "written", "read", "seconds")
+    areas = ", ".join(f"{name} {number(row['auc_grammar'], '.3f')} and "
+                      f"{number(row['auc_answer'], '.3f')}"
+                      for name, row in record("labelers").items() if row.get("auc_grammar"))
+    return [*table(head, rows), "",
+            f"{record('problems')} problems. *Tokens*: those with a label that the exact rule "
+            "rejects. The first *wrong*, *precision* and *recall* ask whether a token is wrong by "
+            "the grammar, the second whether it changes the answer (of a sample). *Written*, "
+            "*read*: target tokens a label, all labels counted, the target's own answers "
+            "included. *Seconds*: on one thread of a machine that did other work."
+            + (f" ROC-AUC of the score for both questions: {areas}." if areas else ""), "",
+            record.about()]
+
+
+def heads(record: Record) -> list[str]:
+    """Every head at its own threshold, on the same held-out problems."""
+    first, rows = record("reference"), []
+    for name, row in record("rows").items():
+        rows.append((name, number(row.get("roc_auc"), ".3f"), number(row.get("threshold"), "g"),
+                     percent(row["accuracy"]), points(row["less_target alone"]),
+                     "–" if name == first else points(row[f"less_{first}"]),
+                     number(row["tokens_per_round"]), percent(row.get("gain"), 0),
+                     number(row["mean_new_tokens"], ".1f")))
+    return [*table(("", "AUC", "δ", "accuracy", "less the target", f"less {first}",
+                    "tokens a round", "of the gain", "tokens an answer"), rows), "",
+            f"{record('problems'):,} held-out problems, greedy, K = {record('speculate_k')}. "
+            "*AUC*: among the draft's proposals that the exact rule rejects, labelled by the "
+            "grammar, on validation problems. *Less*: accuracy in points, 95% intervals over the "
+            f"same problems. *Gain*: tokens a round above the exact rule's, of {first}'s.", "",
+            record.about()]
+
+
+def promises(record: Record) -> list[str]:
+    """How often a calibrated promise is broken."""
+    rows = [(percent(each["max_regressions"], 0), each["sample"], each["promised"], each["broken"],
+             ", ".join(f"{t:g}" for t in each["thresholds"] or ())) for each in record("results")]
+    lines = table(("at most", "prompts drawn", "promises", "broken",
+                   "thresholds: lowest, quartiles, highest"),
+                  [map(str, row) for row in rows])
+    one = record("results")[0]
+    return [*lines, "", f"{one['repetitions']} repetitions, each of prompts drawn with replacement "
+            f"from {one['prompts']:,} recorded ones, whose share of regressions is the truth.", "",
+            record.about()]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {function.__name__: function for function in (
     results, pair, gain, tuning, limit, long, kernel, int8_layers, int8_passes, ranks, scale, gpu,
-    models, quality, paired, sweep, head, int8_quality)}
+    models, quality, paired, sweep, head, int8_quality, labels, heads, promises)}
 
 
 def render(marker: str) -> str:

@@ -693,6 +693,91 @@ def test_an_answer_ends_at_its_length_inside_a_block():
     assert s["scores"] == [None] * 3  # no lossy rule, no scores
 
 
+def test_same_thresholds_are_the_scores_that_could_turn():
+    """The highest score that a round was cut before, and the lowest that the rule alone kept."""
+    answer = Answer(30, (7,), 3, "judge")
+    answer.add(outcome([], 5, 0))
+    assert answer.statistics()["same_thresholds"] == [0.0, None]  # nothing was decided yet
+    answer.add(outcome([1, 2, 3], 4, 3, sources=[1, 1, 1], scores=[0.125, 0.25, 0.0625]))
+    assert answer.statistics()["same_thresholds"] == [0.0, None]  # exact: scores have no say
+    answer.add(outcome([1, 2, 3], 4, 2, sources=[2, 1, 0], scores=[0.75, 0.125, 0.25]))
+    assert answer.statistics()["same_thresholds"] == [0.25, 0.75]
+    # what lies behind the cut does not count, nor does a lower refused or a higher kept score
+    answer.add(outcome([1, 2, 3], 4, 0, sources=[0, 0, 2], scores=[0.125, 0.5, 0.625]))
+    answer.add(outcome([1, 2, 3], 4, 1, sources=[2, 0, 2], scores=[0.875, 0.1875, 0.6875]))
+    assert answer.statistics()["same_thresholds"] == [0.25, 0.75]
+    # a whole block has no cut; a refused stop token is one that no threshold keeps
+    answer.add(outcome([1, 2, 3], 4, 3, sources=[2, 1, 2], scores=[0.6875, 0.0, 0.71875]))
+    answer.add(outcome([1, 7, 3], 4, 1, sources=[1, 0, 1], scores=[0.5, 0.5625, 0.5]))
+    assert answer.statistics()["same_thresholds"] == [0.25, 0.6875]
+
+
+@pytest.mark.parametrize(("new", "same"), [(2, [0.0, None]), (3, [0.0, 0.625]), (4, [0.25, 0.625])])
+def test_same_thresholds_end_with_the_answer(new, same):
+    """A cut, or a kept token, beyond max_new_tokens turns nothing."""
+    answer = Answer(new, (), 3, "judge")
+    answer.add(outcome([], 5, 0))
+    answer.add(outcome([1, 2, 3], 4, 2, sources=[1, 2, 0], scores=[0.5, 0.625, 0.25]))
+    assert answer.done and answer.statistics()["same_thresholds"] == same
+
+
+def test_same_thresholds_end_with_a_stop_token():
+    answer = Answer(30, (7,), 3, "judge")
+    answer.add(outcome([], 5, 0))
+    answer.add(outcome([1, 7, 3], 4, 2, sources=[2, 1, 0], scores=[0.75, 0.5, 0.625]))
+    assert answer.stopped and answer.statistics()["same_thresholds"] == [0.0, 0.75]
+
+
+@pytest.mark.parametrize("rule", ["none", "exact"])
+def test_no_thresholds_without_a_lossy_rule(rule):
+    answer = Answer(3, (), 2, rule)
+    answer.add(outcome([], 5, 0))
+    answer.add(outcome([1, 2], 3, 1))
+    assert answer.statistics()["same_thresholds"] is None
+
+
+def thresholds_of(target: Transformer, draft: Transformer, head: JudgeHead, stats: dict, K: int,
+                  stop: tuple[int, ...]) -> tuple[list[float], list[float], list[float]]:
+    """Scores without a cache, round by round: refused, kept by the judge alone, refused stops."""
+    refused, kept, stops, tokens, at = [], [], [], [*PROMPT, stats["tokens"][0]], 1
+    while at < len(stats["tokens"]):
+        for token in greedy(draft, tokens, K):
+            hidden = target(torch.tensor([[*tokens, token]]))[0]
+            exact = int(target.logits(hidden[-2]).argmax()) == token
+            if at == len(stats["tokens"]):
+                return refused, kept, stops
+            if token != stats["tokens"][at] or stats["sources"][at] == "target":
+                (stops if token in stop else refused).append(head.score(hidden[-1]).item())
+                break
+            if not exact:
+                kept.append(head.score(hidden[-1]).item())
+            tokens, at = [*tokens, token], at + 1
+        if at < len(stats["tokens"]):
+            tokens, at = [*tokens, stats["tokens"][at]], at + 1
+    return refused, kept, stops
+
+
+@torch.no_grad()
+def test_same_thresholds_of_an_engine_agree_with_scores_without_a_cache():
+    target = random_model(1)
+    draft, head, seen = near(target, 0.1), random_head(32), 0
+    free = Engine(target, draft, head, speculate_k=4, stop_tokens=(), max_seq_length=128)
+    run(free)
+    wanted = set(range(97)) - set(free.stats["tokens"])  # drafts' tokens that were refused, too
+    for stop in ((), tuple(wanted)):
+        for threshold in (0.3, 0.5, 0.7):
+            engine = Engine(target, draft, head, speculate_k=4, stop_tokens=stop,
+                            threshold=threshold, max_seq_length=128)
+            run(engine)
+            low, high = engine.stats["same_thresholds"]
+            refused, kept, stops = thresholds_of(target, draft, head, engine.stats, 4, stop)
+            assert low == pytest.approx(max(refused, default=0.0), abs=1e-5)
+            assert high == pytest.approx(min(kept, default=None), abs=1e-5)
+            assert low <= threshold and (high is None or threshold < high)
+            seen += max(stops, default=0.0) > threshold  # it would have left nothing of [low, high)
+    assert seen
+
+
 def test_an_answer_refuses_a_round_that_is_not_finite():
     answer = Answer(3, (), 2, "exact")
     with pytest.raises(FloatingPointError, match="not finite"):

@@ -1,9 +1,10 @@
-"""train_head.py: labels against a reference by characters, rows against prefixes, the cache, the whole command."""
+"""train_head.py: labels by characters and by token, rows against prefixes, weights, the cache, the whole command."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +59,12 @@ def setup(checkpoint, tmp_path):
     """run(*options) -> the report of a quick run of the command in a directory of its own; the JSON file has it."""
     data = write_answers(tmp_path / "answers.jsonl")
 
-    def run(*options: str, data: Path = data, checkpoint: Path = checkpoint) -> dict:
+    def run(*options: str, data: Path | None = data, checkpoint: Path = checkpoint) -> dict:
         fixed = {"--checkpoint_path": checkpoint, "--data": data, "--cache": tmp_path / "cache", "--lr": 0.01, "--epochs": 20,
                  "--output": tmp_path / "head.safetensors", "--json": tmp_path / "report.json", "--device": "cpu",
                  "--dtype": "float32"}
+        if data is None:  # given among the options
+            del fixed["--data"]
         main(parse_args([str(part) for pair in fixed.items() for part in pair] + list(options)))
         return json.loads((tmp_path / "report.json").read_text())
 
@@ -123,6 +126,98 @@ def test_answer_is_chat_then_response(tokenizer):
     assert not set(answer.ids[len(prompt):]) & set(tokenizer.special_tokens.values())  # no label on a stop token
 
 
+def encode(line: dict, tokenizer: Tokenizer) -> Answer:
+    return train_head.encode_answer(json.dumps(line).encode(), tokenizer, context=512,
+                                    negatives="onward")
+
+
+def test_given_labels_label_those_tokens_only(tokenizer):
+    text = "Tom has 12 apples."
+    count = len(tokenizer.encode(text))
+    line = {"prompt": "q", "response": text, "errors": [[0, 3]],
+            "labels": [{"token": 4, "right": False, "labeler": "swap", "score": None},
+                       {"token": 1, "right": True}, {"token": count - 1, "right": True}]}
+    answer = encode(line, tokenizer)
+    expected = [LEFT_OUT] * count
+    expected[4], expected[1], expected[-1] = WRONG, CORRECT, CORRECT
+    assert answer.labels == expected  # `errors` has no say, and nothing follows from a mistake
+    assert answer.ids[answer.prompt_tokens:] == tokenizer.encode(text)
+    assert encode(line | {"labels": []}, tokenizer).labels == [LEFT_OUT] * count
+
+
+@pytest.mark.parametrize("each", [
+    {"token": -1, "right": True}, {"token": True, "right": True}, {"token": 1.0, "right": True},
+    {"token": "1", "right": True}, {"right": True}, {"token": 1}, {"token": 1, "right": 1},
+    {"token": 1, "right": None}, {"token": 1, "right": "true"}, 1, [1, True], None,
+])
+def test_bad_labels_are_refused(tokenizer, each):
+    line = {"prompt": "q", "response": "Tom has 12 apples.", "labels": [each]}
+    with pytest.raises(ValueError, match="in labels, expected token, from 0 to"):
+        encode(line, tokenizer)
+
+
+def test_labels_end_with_the_response(tokenizer):
+    count = len(tokenizer.encode("Tom has 12 apples."))
+    line = {"prompt": "q", "response": "Tom has 12 apples."}
+    last = encode(line | {"labels": [{"token": count - 1, "right": False}]}, tokenizer)
+    assert last.labels == [LEFT_OUT] * (count - 1) + [WRONG]
+    with pytest.raises(ValueError, match=f"from 0 to {count - 1}, and right"):
+        encode(line | {"labels": [{"token": count, "right": False}]}, tokenizer)
+    for labels in ({"token": 1, "right": True}, "none", 1, None, True):
+        with pytest.raises(ValueError, match="got labels .*, expected a list"):
+            encode(line | {"labels": labels}, tokenizer)
+
+
+def test_response_ids_may_end_inside_a_character(tokenizer):
+    """A token that is half a character: its text alone would be read as other tokens."""
+    ids = tokenizer.encode("Tom 👋🏽")
+    cut = next(end for end in range(1, len(ids)) if "\ufffd" in tokenizer.decode(ids[:end]))
+    text = tokenizer.decode(ids[:cut])
+    assert tokenizer.encode(text) != ids[:cut]
+    line = {"prompt": "q", "response": text, "response_ids": ids[:cut],
+            "labels": [{"token": cut - 1, "right": False}]}
+    answer = encode(line, tokenizer)
+    assert answer.ids[answer.prompt_tokens:] == ids[:cut] and answer.labels[-1] == WRONG
+    with pytest.raises(ValueError, match="spell otherwise"):  # spans have no place in it
+        encode({key: line[key] for key in ("prompt", "response", "response_ids")}
+               | {"errors": [[0, 1]]}, tokenizer)
+
+
+def test_response_ids_are_used_as_they_are(tokenizer):
+    """A draft's tokens are seldom those that encoding merges."""
+    text = "Tom has 12 apples."
+    merged, split = tokenizer.encode(text), [tokenizer.encode(char)[0] for char in text]
+    assert len(split) > len(merged) and tokenizer.decode(split) == text
+    labels = [{"token": len(split) - 1, "right": True}]
+    answer = encode({"prompt": "q", "response": text, "response_ids": split, "labels": labels},
+                    tokenizer)
+    assert answer.ids[answer.prompt_tokens:] == split
+    assert answer.labels == [LEFT_OUT] * (len(split) - 1) + [CORRECT]
+    spans = encode({"prompt": "q", "response": text, "response_ids": split, "errors": [[4, 7]]},
+                   tokenizer)
+    assert spans.labels == [CORRECT] * 4 + [WRONG] * (len(split) - 4)
+    with pytest.raises(ValueError, match="beyond the context"):  # counted by those ids
+        train_head.encode_answer(json.dumps({"prompt": "q", "response": text, "errors": [],
+                                             "response_ids": split}).encode(), tokenizer,
+                                 context=answer.prompt_tokens + len(merged), negatives="mistake")
+
+
+@pytest.mark.parametrize(("ids", "message"), [
+    ("other", "response_ids that spell 'Tom has 13 apples.', expected the response"),
+    ("shorter", "response_ids that spell"), ([], "response_ids that spell ''"),
+    ("12", "expected token ids"), ([True, 1], "expected token ids"), ([1.0], "expected token ids"),
+    ({"a": 1}, "expected token ids"), ([1 << 40], "got token id 1099511627776"),
+    ([-1], "got token id -1"),
+])
+def test_bad_response_ids_are_refused(tokenizer, ids, message):
+    text = "Tom has 12 apples."
+    ids = {"other": tokenizer.encode("Tom has 13 apples."),
+           "shorter": tokenizer.encode(text)[:-1]}.get(ids, ids) if isinstance(ids, str) else ids
+    line = {"prompt": "q", "response": text, "response_ids": ids, "labels": []}
+    with pytest.raises(ValueError, match=message):
+        encode(line, tokenizer)
+
+
 # ---- rows
 
 def random_answers(count: int, seed: int = 0) -> list[Answer]:
@@ -158,6 +253,11 @@ def test_exact_rule_keeps_what_the_target_writes(model):
     assert rejected[8:].tolist()[:4] == [False, False, False, True]
 
 
+def ones(count: int) -> torch.Tensor:
+    """The weights of rows that all count alike."""
+    return torch.ones(count, dtype=torch.float64)
+
+
 def train_on(model: Transformer, answers: list[Answer], **options) -> tuple[float, float, torch.Tensor, torch.Tensor, tuple]:
     """Validation ROC-AUC of a head on every fifth row."""
     hidden, _ = train_head.hidden_states(model, answers)
@@ -165,7 +265,7 @@ def train_on(model: Transformer, answers: list[Answer], **options) -> tuple[floa
     rows = torch.arange(len(labels))
     train, validation = rows[rows % 5 > 0], rows[rows % 5 == 0]
     settings = dict(lr=0.01, weight_decay=0.1, batch_size=32, epochs=40, seed=0, device=torch.device("cpu")) | options
-    fitted = train_head.fit(hidden, labels, train, validation, **settings)
+    fitted = train_head.fit(hidden, labels, ones(len(labels)), train, validation, **settings)
     scores = JudgeHead(fitted[0], fitted[1], {"threshold": "0.5"}).score(hidden[validation])
     return float(roc_auc_score(labels[validation], scores)), fitted[3], scores, labels[train], labels[validation]
 
@@ -202,8 +302,8 @@ def test_standardisation_survives_outliers_and_constants():
     hidden[:, 1], hidden[:, 2] = 700.25, 0.0
     rows = torch.arange(400)
     before = hidden.clone()
-    weight, bias, epoch, loss = train_head.fit(hidden, labels, rows[:300], rows[300:], lr=0.05, weight_decay=0.0, batch_size=32,
-                                               epochs=30, seed=0, device=torch.device("cpu"))
+    weight, bias, epoch, loss = train_head.fit(hidden, labels, ones(400), rows[:300], rows[300:], lr=0.05, weight_decay=0.0,
+                                               batch_size=32, epochs=30, seed=0, device=torch.device("cpu"))
     assert torch.equal(hidden, before)
     assert loss < 0.2 and epoch >= 1
     scores = torch.sigmoid(hidden[300:] @ weight[0] + bias)
@@ -214,15 +314,15 @@ def test_class_weights_put_the_balance_at_a_half():
     labels = (torch.arange(2000) % 10 > 0).long()  # 90% correct, and features that know nothing
     hidden = torch.randn(2000, 3, generator=torch.Generator().manual_seed(1))
     rows = torch.arange(2000)
-    weight, bias, *_ = train_head.fit(hidden, labels, rows[:1600], rows[1600:], lr=0.01, weight_decay=0.1, batch_size=128,
-                                      epochs=20, seed=0, device=torch.device("cpu"))
+    weight, bias, *_ = train_head.fit(hidden, labels, ones(2000), rows[:1600], rows[1600:], lr=0.01, weight_decay=0.1,
+                                      batch_size=128, epochs=20, seed=0, device=torch.device("cpu"))
     assert abs(torch.sigmoid(hidden @ weight[0] + bias).mean() - 0.5) < 0.05
 
 
 def test_divergence_is_an_error():
     with pytest.raises(ValueError, match="validation loss nan"):
-        train_head.fit(torch.full((8, 2), float("nan")), torch.arange(8) % 2, torch.arange(4), torch.arange(4, 8), lr=1.0,
-                       weight_decay=0.0, batch_size=4, epochs=2, seed=0, device=torch.device("cpu"))
+        train_head.fit(torch.full((8, 2), float("nan")), torch.arange(8) % 2, ones(8), torch.arange(4), torch.arange(4, 8),
+                       lr=1.0, weight_decay=0.0, batch_size=4, epochs=2, seed=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
@@ -238,7 +338,7 @@ def test_no_question_is_on_both_sides(setup, tokenizer, monkeypatch):
     seen, fit = [], train_head.fit
     monkeypatch.setattr(train_head, "fit", lambda *args, **options: seen.append(args) or fit(*args, **options))
     setup("--epochs", "1", "--negatives", "onward")
-    _, labels, train, validation = seen[0]
+    _, labels, _, train, validation = seen[0]
     answers = train_head.read_answers(setup.path / "answers.jsonl", tokenizer, context=512, negatives="onward")
     questions = [answer.question for answer in answers for _ in answer.labels]
     assert len(questions) == len(labels) and not set(train.tolist()) & set(validation.tolist())
@@ -246,7 +346,197 @@ def test_no_question_is_on_both_sides(setup, tokenizer, monkeypatch):
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 24 and len(sides[1]) == 5
 
 
+# ---- several files, and which tokens train
+
+def write_labels(path: Path, flip: float, *, seed: int, questions: int = 24) -> Path:
+    """Answers that are the same for every seed; of their labels, by token, a share is flipped."""
+    texts, rng = random.Random(0), random.Random(seed)
+    with path.open("w") as file:
+        for i in range(questions):
+            words = texts.choices(["draft", "target", "12", "45", "keeps", "apples"], k=8)
+            labels = [{"token": j, "right": (j % 2 == 0) != (rng.random() < flip)}
+                      for j in range(8)]
+            file.write(json.dumps({"prompt": f"question {i}", "response": " ".join(words),
+                                   "labels": labels}) + "\n")
+    return path
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """How far two heads are apart: their weights, as a share, and their biases."""
+    return ((one - other)[:-1].norm() / one[:-1].norm()).item(), (one - other)[-1].abs().item()
+
+
+def head_of(setup, *options: str) -> tuple[torch.Tensor, dict]:
+    """Weight and bias [D + 1] in float64, and the report, of a run in whole batches.
+
+    Whole, as neither the order of rows nor how many share a batch may count.
+    """
+    report = setup(*options, "--batch_size", "100000", "--epochs", "30", data=None)
+    head = JudgeHead.load(setup.path / "head.safetensors")
+    return torch.cat((head.weight[0], head.bias)).double(), report
+
+
+@pytest.fixture
+def two_files(setup) -> tuple[str, str]:
+    """The same tokens with other labels: a file given twice shifts no mean and no deviation."""
+    return (str(write_labels(setup.path / "a.jsonl", 0.1, seed=1)),
+            str(write_labels(setup.path / "b.jsonl", 0.6, seed=2)))
+
+
+def test_weight_two_is_the_file_twice(setup, two_files):
+    """The gradients differ by a factor alone, to which Adam is blind but for its ε.
+
+    Only a gradient as small as ε = 1e-8 leaves a step open, up to lr = 0.01: the bias's first one,
+    which class weights bring to 0, so that rounding gives its sign. Weights came 6e-5 apart.
+    """
+    a, b = two_files
+    twice, _ = head_of(setup, "--data", a, a, b)
+    plain, _ = head_of(setup, "--data", a, b)
+    weighted, report = head_of(setup, "--data", a, b, "--weights", "2", "1")
+    (weights, bias), (others, _) = apart(twice, weighted), apart(twice, plain)
+    assert weights < 1e-3 and bias < 0.01
+    assert others > 0.1
+    assert report["weights"] == [2.0, 1.0]
+    assert JudgeHead.load(setup.path / "head.safetensors").metadata["data"].startswith(
+        "a.jsonl x 2, b.jsonl: 48 answers, ")
+
+
+def test_weights_are_relative(setup, two_files):
+    a, b = two_files
+    once, first = head_of(setup, "--data", a, b, "--weights", "1", "0.5")
+    again, second = head_of(setup, "--data", a, b, "--weights", "20", "10")
+    weights, bias = apart(once, again)
+    assert weights < 1e-3 and bias < 0.01
+    assert first["epoch"] == second["epoch"]
+
+
+def test_weights_do_not_scale_the_loss(setup, two_files):
+    """A loss is one to compare with others only as a mean over weights, too."""
+    a, b = two_files
+    _, once = head_of(setup, "--data", a, b)
+    _, again = head_of(setup, "--data", a, b, "--weights", "10", "10")
+    assert once["validation_loss"] == pytest.approx(again["validation_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", [["1"], ["1", "1", "1"], ["1", "0"], ["-1", "1"],
+                                     ["inf", "1"], ["nan", "1"]])
+def test_bad_weights(setup, two_files, passes, weights):
+    with pytest.raises(ValueError, match="got --weights .* for 2 files, expected a positive"):
+        setup("--data", *two_files, "--weights", *weights, data=None)
+    assert not passes
+
+
+def planted(monkeypatch, right: tuple[bool, ...] = (True, False)) -> None:
+    """Hidden states of which one number is the label where the exact rule rejects.
+
+    It is the label's opposite where the rule keeps: two tokens of three, by their place. `right`:
+    the kinds of rejected tokens that there are.
+    """
+    def hidden_states(model: Transformer, answers: list[Answer]) -> tuple:
+        hidden, rejected = [], []
+        for answer in answers:
+            for i, label in enumerate(answer.labels):
+                out = (i * 7 + len(answer.question) + answer.ids[-1]) % 3 == 0
+                rejected.append(out and (label == CORRECT) in right)
+                sign = 1.0 if (label == CORRECT) == rejected[-1] else -1.0
+                hidden.append([sign, *[0.0] * 63])
+        noise = torch.randn(len(hidden), 64, generator=torch.Generator().manual_seed(len(hidden)))
+        noise[:, 4:] = 0  # few, or they would be learned by heart
+        return torch.tensor(hidden) + 0.3 * noise, torch.tensor(rejected)
+
+    monkeypatch.setattr(train_head, "hidden_states", hidden_states)
+
+
+def test_only_rejected_trains_on_what_the_exact_rule_rejects(setup, monkeypatch):
+    """Two thirds of the rows say the opposite of the rest, and all together lead astray."""
+    planted(monkeypatch)
+    data = str(write_labels(setup.path / "labels.jsonl", 0.5, seed=3, questions=40))
+    seen, fit = [], train_head.fit
+    monkeypatch.setattr(train_head, "fit", lambda *a, **k: seen.append(a) or fit(*a, **k))
+    whole, with_all = head_of(setup, "--data", data)
+    part, with_part = head_of(setup, "--data", data, "--only", "rejected")
+    assert whole[0] < 0 < part[0]
+    assert with_all["rejected"]["roc_auc"] < 0.2 and with_part["rejected"]["roc_auc"] > 0.8
+    for name in ("all", "rejected"):  # the curves are of the same tokens
+        assert [with_all[name][kind] for kind in ("correct", "wrong")] == [
+            with_part[name][kind] for kind in ("correct", "wrong")]
+    assert with_part["data"].endswith(", only rejected") and "only" not in with_all["data"]
+
+    # exactly those rows: worked out anew from the answers
+    tokenizer = Tokenizer.from_checkpoint(Path(with_part["checkpoint_path"]))
+    answers = train_head.read_answers(data, tokenizer, context=512, negatives="mistake")
+    held = train_head.split_questions({each.question for each in answers}, share=0.2, seed=0)
+    rejected = torch.cat([train_head.hidden_states(None, answers[i:i + 16])[1]
+                          for i in range(0, len(answers), 16)])
+    kept = torch.tensor([label != LEFT_OUT for each in answers for label in each.labels])
+    side = torch.tensor([each.question in held for each in answers for _ in each.labels])[kept]
+    rejected = rejected[kept]
+    (*_, every, _), (*_, train, validation) = seen
+    assert every.tolist() == (~side).nonzero()[:, 0].tolist()
+    assert train.tolist() == (~side & rejected).nonzero()[:, 0].tolist()
+    assert validation.tolist() == (side & rejected).nonzero()[:, 0].tolist()
+    assert 0 < len(train) < 0.5 * len(every)
+
+
+@pytest.mark.parametrize("right", [(True,), (False,), ()])
+def test_too_few_rejected_tokens_name_the_option(setup, monkeypatch, right):
+    planted(monkeypatch, right)
+    data = str(write_labels(setup.path / "labels.jsonl", 0.5, seed=3))
+    with pytest.raises(ValueError, match="labels.jsonl.*--only rejected: got .* tokens in training"):
+        head_of(setup, "--data", data, "--only", "rejected")
+    assert not (setup.path / "head.safetensors").exists()
+
+
 # ---- report
+
+@pytest.mark.parametrize("seed", range(5))
+def test_paragraph_agrees_with_a_direct_count(seed):
+    """Scores lie between the thresholds that are weighed, so both sides count the same tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(400, generator=generator) < 0.6).long()
+    raw = torch.rand(400, generator=generator) + 0.4 * labels * torch.rand(400, generator=generator)
+    scores = (raw * 700).floor() / 1000 + 0.0005
+    curves = {"rejected": train_head.evaluate(scores, labels, train_head.GRID)}
+    args = parse_args(["--checkpoint_path", "TARGET", "--data", "labels.jsonl"])
+    args.output = Path("head.safetensors")
+    said = train_head.advice(curves, 0.6, args)
+    auc, best, right, wrong = re.search(
+        r"AUC of ([\d.]+): it can keep (\d+)% of the right ones while it keeps 10% of the wrong "
+        r"ones\. At its threshold 0\.6 it keeps (\d+)% of the right and (\d+)% of the wrong",
+        said).groups()
+    assert float(auc) == pytest.approx(roc_auc_score(labels, scores), abs=6e-4)
+    rights, wrongs = scores[labels == CORRECT], scores[labels == WRONG]
+    borders = [score for score in [0.0, *scores.tolist()]
+               if (wrongs > score).float().mean() <= 0.1]
+    direct = max((rights > score).float().mean().item() for score in borders)
+    assert 0.05 < direct < 0.95 and abs(int(best) / 100 - direct) <= 0.00501
+    assert abs(int(right) / 100 - (rights > 0.6).float().mean()) <= 0.00501
+    assert abs(int(wrong) / 100 - (wrongs > 0.6).float().mean()) <= 0.00501
+    assert "\n    python scripts/calibrate.py --checkpoint_path TARGET " in said
+    assert "--judge head.safetensors --prompts UNSEEN.jsonl" in said
+
+
+@pytest.mark.parametrize("labels", [[CORRECT] * 4, [WRONG] * 4, []])
+def test_paragraph_without_rejected_tokens_of_both_kinds(labels):
+    scores, seen = torch.rand(len(labels)), torch.tensor(labels, dtype=torch.int64)
+    curves = {"rejected": train_head.evaluate(scores, seen, train_head.GRID)}
+    args = parse_args(["--checkpoint_path", "TARGET", "--data", "labels.jsonl"])
+    said = train_head.advice(curves, 0.5, args)
+    assert "no rejected tokens of both kinds" in said and "label more answers" in said
+    assert "AUC" not in said and "calibrate.py" not in said
+
+
+def test_a_run_ends_with_the_paragraph(setup, monkeypatch, capsys):
+    report = setup()
+    said = capsys.readouterr().out.split("\n\n")[-1]
+    assert f"AUC of {report['rejected']['roc_auc']:.3f}" in said
+    command = said.splitlines()[-1].split()
+    assert command[:2] == ["python", "scripts/calibrate.py"] and (ROOT / command[1]).exists()
+    assert command[command.index("--judge") + 1] == str(setup.path / "head.safetensors")
+    planted(monkeypatch, ())  # the exact rule rejects nothing
+    setup("--cache", str(setup.path / "other"))
+    assert "no rejected tokens of both kinds" in capsys.readouterr().out.split("\n\n")[-1]
+
 
 def test_shares_and_threshold():
     scores = torch.tensor([0.2, 0.5, 0.55, 0.6, 0.7, 0.7, 0.8, 0.9, 0.95, 1.0])
