@@ -238,6 +238,8 @@ def fit(hidden: Tensor, labels: Tensor, weights: Tensor, train: Tensor, validati
         device: torch.device) -> tuple[Tensor, Tensor, int, float]:
     """Train on rows `train` of hidden [N, D], labels and weights [N]; ValueError: loss diverges.
 
+    Weights count in the loss, relative to each other, and not in the standardisation.
+
     Returns weight float32 [1, D] and bias [1] for raw hidden states, best epoch and its loss.
     """
     x, y = hidden.to(device, torch.float32, copy=True), labels.to(device, torch.float32)

@@ -198,6 +198,8 @@ def print_costs(lines: list[dict], counts: Counter) -> None:
 def dry_run(pair: Pair, prompts: list[Prompt], left: list[int], args: argparse.Namespace,
             makers: dict) -> None:
     """Label a few prompts, spread over what is left, throw the labels away, and extrapolate."""
+    if not left:
+        return print("nothing is left to do: the next run without --dry_run writes the output")
     count = min(DRY_RUN_PROMPTS + 1, len(left))
     some = [left[i * len(left) // count] for i in range(count)]
     lines, seconds = [], []
@@ -283,6 +285,14 @@ def job_key(args: argparse.Namespace, setup: PairSetup) -> dict:
             **setup.key()}
 
 
+def done_before(args: argparse.Namespace, setup: PairSetup, shard: tp.Shard) -> int:
+    """How many prompts a killed run has labelled already."""
+    if not shard.from_first(partial(args).exists()):
+        return 0
+    with Journal(partial(args), job_key(args, setup), shard) as journal:
+        return len(journal.lines)
+
+
 def main(args: argparse.Namespace) -> None:
     """Run the command line; ValueError and OSError are a user's mistakes."""
     check_options(args)
@@ -298,7 +308,8 @@ def main(args: argparse.Namespace) -> None:
                 temperature=args.rollout_temperature)
     makers = {name: LABELERS[name](args) for name in args.labeler}
     if args.dry_run:
-        dry_run(pair, prompts, list(range(len(prompts))), args, makers)
+        dry_run(pair, prompts, list(range(done_before(args, setup, shard), len(prompts))), args,
+                makers)
         return tp.stop()
     with Journal(partial(args), job_key(args, setup), shard) as journal:
         run(pair, prompts, journal, args, makers)

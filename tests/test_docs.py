@@ -30,7 +30,7 @@ import quantize
 import train_head
 from generate import Engine
 from model import Transformer
-from scripts import bench, demo_pair, picture, report
+from scripts import bench, bench_labels, calibrate, demo_pair, label, picture, report
 from scripts.bench_tools import empty_model, weight_bytes
 from terminal import DEMO, DEMO_PROMPT
 from tokenizer import Tokenizer
@@ -82,7 +82,8 @@ def commands(text: str) -> list[list[str]]:
     """What a page tells to type, but for what records say of themselves."""
     text = report.BLOCK.sub("", text)
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = [block.replace("$MAX", "100").replace("\\\n", " ") for block in blocks]
+    lines = [line for block in blocks for line in block.splitlines()]
     lines += re.findall(r"`((?:python|torchrun) [^`]+)`", text)
     parts = (shlex.split(part, comments=True) for line in lines for part in line.split(" && "))
     return [part for part in parts if part]
@@ -94,7 +95,7 @@ def test_commands_are_understood(monkeypatch):
     monkeypatch.setitem(drafters.DRAFTERS, "prompt", drafters.Drafter)
     parsers = {"generate.py": generate, "quantize.py": quantize, "train_head.py": train_head}
     parsers |= {f"scripts/{module.__name__.rpartition('.')[2]}.py": module
-                for module in (bench, demo_pair, picture, report)}
+                for module in (bench, bench_labels, calibrate, demo_pair, label, picture, report)}
     found = [command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))]
     found += map(shlex.split, [*report.COMMANDS.values(), *(command for _, command in report.GPU)])
     assert len(found) > 30
@@ -108,6 +109,28 @@ def test_commands_are_understood(monkeypatch):
                     parsers[command[at]].parse_args(command[at + 1:])
             except SystemExit as stop:
                 assert not stop.code, " ".join(command)
+
+
+@pytest.mark.slow
+def test_train_a_judge_runs_on_the_bundled_pair(tmp_path):
+    """The page's commands in their order, as written but for their counts, without compilation."""
+    text = (ROOT / "docs" / "train-a-judge.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    script = "".join(block for block in blocks if "Llama" not in block and "torchrun" not in block)
+    for written, small in (("build/judge-demo", str(tmp_path)), ("--problems 400", "--problems 14"),
+                           ("--problems 100", "--problems 4"), ("--limit 100", "--limit 3"),
+                           ("--max_regressions 0.03", "--max_regressions 0.3")):
+        assert written in script
+        script = script.replace(written, small)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-euxo", "pipefail", "-c", script], cwd=ROOT, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=900,
+                          env=os.environ | {"PATH": path, "TORCHDYNAMO_DISABLE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert script.count("python ") == 10
+    for said in ("hours at", "this head tells right from wrong with an AUC of",
+                 "With 95% confidence, at threshold"):
+        assert said in done.stdout
 
 
 def test_examples_are_right_under_every_rule(monkeypatch):

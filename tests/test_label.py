@@ -39,10 +39,10 @@ from scripts.labelers import (
     Corrupt,
     Example,
     Label,
+    Likelihood,
     Pair,
     Task,
     bisect,
-    likelihood,
     scores,
     swap,
 )
@@ -96,7 +96,7 @@ class Scripted(Pair):
     def log_probs(self, ids, begin, chosen):
         assert len(chosen) == len(ids) - begin
         argmax = [self.target_function(tuple(ids[1:i + 1])) for i in range(begin, len(ids))]
-        return [[0.0] * len(each) for each in chosen], argmax
+        return [[0.0] * len(each) for each in chosen], [0.0] * len(chosen), argmax
 
     def sample_answers(self, ids, room, seed):
         if room < 1:
@@ -323,7 +323,7 @@ def test_likelihood_labels_every_token_that_the_draft_would_have_put(tiny):
         logits = pair.draft.logits(pair.draft(torch.tensor([[*task.ids, *y]]))[0])
     favourites = logits[len(task.ids) - 1:-1].argmax(-1).tolist()
     places = {i: d for i, d in enumerate(favourites) if d != y[i] and d not in pair.silent}
-    found = list(likelihood(task))
+    found = list(Likelihood()(task))
     assert len(y) == 40 and len(places) > 10
     assert [example.response for example in found] == [[*y[:i], d] for i, d in places.items()]
     expected = direct_scores(pair.target, task.ids, y, places, 5)
@@ -335,7 +335,7 @@ def test_likelihood_labels_every_token_that_the_draft_would_have_put(tiny):
 def test_likelihood_says_when_all_agree(tiny):
     pair = Pair(tiny.models[0], tiny.models[0], tiny.setup, 128)
     task = Task(pair, Prompt("How many apples?"), None, seed=0)
-    assert not list(likelihood(task)) and pair.read == len(task.ids) - 1 + 1
+    assert not list(Likelihood()(task)) and pair.read == len(task.ids) - 1 + 1
 
 
 def test_swap_with_scores_has_likelihoods_and_the_swaps_of_one_without(tiny):
@@ -582,8 +582,8 @@ def test_record_has_spans_of_the_wrong_tokens_alone(tokenizer):
     spelled = [tokenizer.token_bytes(token).decode() for token in ids]
     for i, piece in enumerate(spelled):
         begin = len("".join(spelled[:i]))
-        line = made(tokenizer, ids, Label(i, False, "swap", -2.5, 1))
-        assert line == {"prompt": "q", "response": text, "errors": [[begin, begin + len(piece)]],
+        line, end = made(tokenizer, ids, Label(i, False, "swap", -2.5, 1)), begin + len(piece)
+        assert line == {"prompt": "q", "response": text[:end], "errors": [[begin, end]],
                         "labels": [{"token": i, "right": False, "labeler": "swap", "score": -2.5,
                                     "rollouts": 1}]}
         assert made(tokenizer, ids, Label(i, True, "swap"))["errors"] == []
@@ -672,21 +672,45 @@ def test_tau_is_a_quantile_of_what_swap_found_wrong():
     assert label.find_tau(lines, args) == (-2.5, "as given")
 
 
-def test_tau_does_not_depend_on_the_order_of_labelers():
-    """swap's scores are there to find τ by, also where likelihood labels the tokens first."""
-    def scored(task):
-        yield Example([1], [Label(0, None, "likelihood", score=-3.0)])
+def test_swap_runs_first_whatever_the_order(tmp_path):
+    """Its labels carry the scores that τ is found by; the other way round they were dropped."""
+    for order in ("swap,likelihood", "likelihood,swap", "likelihood,swap,likelihood"):
+        args = label.parse_args(arguments(tmp_path / "prompts", tmp_path / "out", "--labeler",
+                                          order, "--check", "number"))
+        label.check_options(args)
+        assert args.labeler == ["swap", "likelihood"]
 
-    def swapped(task):
-        yield Example([1], [Label(0, False, "swap", -3.0, 1)])
 
-    pair = Scripted(lambda response: 1, lambda response: 1)
-    args = argparse.Namespace(check="number", seed=0, tau=None, tau_quantile=0.9)
-    makers = {"swap": swapped, "likelihood": scored}
-    for order in (("swap", "likelihood"), ("likelihood", "swap")):
-        lines = [label.label_prompt(pair, Prompt("?"), args, {name: makers[name] for name in order},
-                                    index) for index in range(label.TAU_LABELS)]
-        assert label.find_tau(lines, args)[0] == -3.0, order
+def test_likelihood_along_the_draft_scores_its_own_answer(tiny):
+    """log P(z_i) less the target's best, wherever the target would differ; nothing is decoded."""
+    pair = tiny.pair(horizon=0)
+    add_noise(pair)
+    task = Task(pair, Prompt("How many apples?"), None, seed=0)
+    [(response, labels)] = Likelihood("draft")(task)
+    z = task.draft_answer
+    assert pair.decoded == 0 and "target_answer" not in vars(task)
+    with torch.no_grad():
+        hidden = pair.target(torch.tensor([[*task.ids, *z]]))[0, len(task.ids) - 1:-1]
+        found = pair.target.logits(hidden).double().log_softmax(-1)
+    places = [i for i, token in enumerate(z) if found[i].argmax() != token
+              and token not in pair.silent]
+    assert len(places) > 10 and response == task.strip(z)
+    assert [each.token for each in labels] == places
+    for each in labels:
+        expected = found[each.token, z[each.token]] - found[each.token].max()
+        assert each.score == pytest.approx(expected.item(), abs=1e-3) and each.right is None
+
+
+def test_an_answer_is_cut_after_its_first_wrong_token(tokenizer):
+    """What follows it builds on it; a lower τ lets more stand."""
+    ids = tokenizer.encode("Tom has 12 apples and 3 pears.")
+    labels = [Label(i, None, "likelihood", score) for i, score in ((0, -1.0), (2, -5.0), (4, -9.0),
+                                                                   (5, -1.0))]
+    for tau, kept, last in ((-4.0, 2, 3), (-6.0, 3, 5), (-10.0, 4, len(ids))):
+        line = label.record(Prompt("?"), Example(ids, labels), tokenizer, tau)
+        assert tokenizer.encode(line["response"]) == ids[:last]
+        assert [each["right"] for each in line["labels"]] == [True] * (kept - 1) + [tau == -10.0]
+        assert len(line["errors"]) == (tau != -10.0)
 
 
 # ---- the journal
@@ -867,6 +891,8 @@ BAD_OPTIONS = {
     "rollouts": (["--labeler", "likelihood", "--rollouts", "1"], "got --rollouts 1"),
     "temperature": (["--labeler", "likelihood", "--rollout_temperature", "nan"], "temperature nan"),
     "horizon": (["--labeler", "likelihood", "--horizon", "-1"], "got --horizon -1"),
+    "along": (["--labeler", "likelihood", "--along", "both"], "got --along both with --horizon 20"),
+    "tau": (["--labeler", "likelihood", "--tau", "nan"], "got --tau nan, expected a number"),
     "quantile": (["--labeler", "likelihood", "--tau_quantile", "1.5"], "got --tau_quantile 1.5"),
     "limit": (["--labeler", "likelihood", "--limit", "0"], "got --limit 0"),
     "speculate_k": (["--labeler", "likelihood", "--speculate_k", "0"], "speculate_k 0"),
@@ -905,7 +931,7 @@ def test_a_mistake_ends_the_program_with_status_2(tmp_path):
 def test_prompts_that_fill_the_context_are_left_out(tiny):
     pair = Pair(*tiny.models, tiny.setup, 16)
     args = argparse.Namespace(check=None, seed=0)
-    line = label.label_prompt(pair, Prompt("word " * 40), args, {"likelihood": likelihood}, 0)
+    line = label.label_prompt(pair, Prompt("word " * 40), args, {"likelihood": Likelihood()}, 0)
     assert not line["examples"] and "fill the context" in line["notes"][0]
     assert ModelConfig.from_checkpoint(tiny.path).max_position_embeddings > 16
 
