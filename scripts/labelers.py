@@ -118,17 +118,24 @@ class Pair:
         return engine.stats["tokens"]
 
     @torch.no_grad()
-    def favourites(self, ids: list[int], start: int) -> list[int]:
-        """The draft's argmax for each position start..len(ids)-1, having read what is before it."""
-        hidden = self.draft(torch.tensor([ids], device=self.draft.device))[0, start - 1:-1]
-        logits = self.draft.logits(hidden)
-        return greedy(logits, self.draft.shard, self.draft.first_token)[0].tolist()
+    def own_logits(self, ids: list[int], start: int) -> Tensor:
+        """The draft's logits [S, V] of the positions start..len(ids)-1, each after what precedes it.
 
-    @torch.no_grad()
+        In one pass without a cache, uncompiled: a length comes once. Columns are this rank's.
+        """
+        draft = self.draft
+        with draft.uncompiled_parts():
+            hidden = draft(torch.tensor([ids], device=draft.device))[0, start - 1:-1]
+            return draft.logits(hidden)
+
     def draft_logits(self, ids: list[int], start: int) -> Tensor:
-        """The draft's logits [S, V] for the positions start..len(ids)-1, S of them."""
-        hidden = self.draft(torch.tensor([ids], device=self.draft.device))[0, start - 1:-1]
-        return self.draft.shard.gather(self.draft.logits(hidden).float())
+        """The same, whole rows on every rank."""
+        return self.draft.shard.gather(self.own_logits(ids, start))
+
+    def favourites(self, ids: list[int], start: int) -> list[int]:
+        """The draft's argmax for each position start..len(ids)-1."""
+        logits = self.own_logits(ids, start)
+        return greedy(logits, self.draft.shard, self.draft.first_token)[0].tolist()
 
     @torch.no_grad()
     def log_probs(self, ids: list[int], begin: int, chosen: list[list[int]]) -> tuple:
