@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Hashable
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,11 @@ UNITS = ("zero one two three four five six seven eight nine ten eleven twelve th
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = re.compile(rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(UNITS[1:10])}))?|"
                    rf"({'|'.join(sorted(UNITS, key=len, reverse=True))}))\b", re.IGNORECASE)
-CHOICE = re.compile(r"(?<![\w'])\(?([A-J])(?![\w'])")
+NAMED = re.compile(r"\W*(?:option |choice )?\W*([A-J])(?![\w'])")  # right after the marker
+BRACKETED = re.compile(r"\(([A-J])\)")
+ALONE = re.compile(r"^\W*([A-J])(?:[).:]|\W*$)", re.MULTILINE)  # "B", "B) because", not "I am"
+LETTER = re.compile(r"(?<![\w'])([B-HJ])(?![\w'])")  # A and I are words, too
+MAX_DIGITS = 60  # a longer number is no result
 
 
 class Prompt(NamedTuple):
@@ -42,12 +46,17 @@ class Prompt(NamedTuple):
 def number(text: str) -> Decimal | None:
     """The number that an answer ends with."""
     after = MARKER.match(text)
-    for part, which in ((text[after.end():], 0), (text, -1)) if after else ((text, -1),):
+    named = text[after.end():] if after else ""
+    if "=" in (line := named.partition("\n")[0]):  # "the answer is 48 + 24 = 72"
+        named = line.rpartition("=")[2]
+    for part, which in ((named, 0), (text, -1)):
         found = [Decimal(re.sub("[$€£,]", "", one).replace("\u2212", "-"))
-                 for one in DIGITS.findall(part)]
+                 for one in DIGITS.findall(part) if len(one) <= MAX_DIGITS]
         found = found or [spelled(one) for one in WORDS.finditer(part)]
         if found:
-            return found[which].normalize()
+            with localcontext() as context:
+                context.prec = 2 * MAX_DIGITS
+                return (found[which] + 0).normalize()  # -0 is 0
     return None
 
 
@@ -60,11 +69,13 @@ def spelled(match: re.Match) -> Decimal:
 
 
 def choice(text: str) -> str | None:
-    """The letter that an answer names: the first after "answer is", else the last."""
+    """The letter after "answer is", else the last in brackets, by itself on a line, in a text."""
     after = MARKER.match(text)
-    for part, which in ((text[after.end():], 0), (text, -1)) if after else ((text, -1),):
-        if found := CHOICE.findall(part):
-            return found[which]
+    if after and (named := NAMED.match(text, after.end())):
+        return named[1]
+    for pattern in (BRACKETED, ALONE, LETTER):
+        if found := pattern.findall(text):
+            return found[-1]
     return None
 
 

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import terminal  # noqa: E402
+import tp  # noqa: E402
 import train_head  # noqa: E402
 from checkpoint import DTYPES, atomic_write, check_writable  # noqa: E402
 from judge import JudgeHead, greedy  # noqa: E402
@@ -43,10 +44,10 @@ from scripts.answers import CHECKS, Prompt  # noqa: E402
 from scripts.bench_tools import machine  # noqa: E402
 from scripts.demo_pair import NUMBERS, Problem, Way  # noqa: E402
 from scripts.jobs import PairSetup  # noqa: E402
+from scripts.label import ANSWERS  # noqa: E402
 from scripts.labelers import Pair, Task  # noqa: E402
 from terminal import DEMO  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tp import pick_dtype  # noqa: E402
 
 AUC_PROBLEMS = 300  # of the validation stream, by whose proposals heads are compared
 
@@ -154,7 +155,7 @@ def run_labels(args: argparse.Namespace) -> None:
     setup = PairSetup.from_args(SimpleNamespace(
         checkpoint_path=DEMO / "target", draft_checkpoint_path=DEMO / "draft", device="cpu",
         dtype=args.dtype, compile=args.compile, speculate_k=8, max_new_tokens=160))
-    target, draft = setup.load(SimpleNamespace(rank=0, world=1))
+    target, draft = setup.load(tp.Shard())
     problems = {p.prompt: p for p in demo_pair.held_out(args.seed, args.problems)}
     pair = Pair(target, draft, setup, setup.length(200))
     report: dict = {"machine": machine(torch.device("cpu")), "problems": args.problems, "seed": args.seed, "labelers": {}}
@@ -168,7 +169,11 @@ def run_labels(args: argparse.Namespace) -> None:
                "auc_grammar": area([t.score for t in tokens], [t.wrong for t in tokens]),
                "auc_answer": area([t.score for t in some], changed)}
         if name in cost_files:
-            row["cost"] = json.loads(cost_files[name].read_text())
+            cost = json.loads(cost_files[name].read_text())
+            parts = cost["labelers"]
+            if name in parts:  # of a run of several labelers, its own and the answers
+                cost["labelers"] = {key: parts[key] for key in (name, ANSWERS) if key in parts}
+            row["cost"] = cost
         report["labelers"][name] = row
     print_labels(report["labelers"])
     write_json(args.json, report)
@@ -210,7 +215,7 @@ def run_heads(args: argparse.Namespace) -> None:
     check_writable(args.json)
     heads = named_files(args.files)
     areas = head_areas(heads)
-    dtype = pick_dtype(args.dtype, demo_pair.MODELS["target"], torch.device("cpu"))
+    dtype = tp.pick_dtype(args.dtype, demo_pair.MODELS["target"], torch.device("cpu"))
     K = args.speculate_k
     ways = {"target alone": Way("target", K), "exact rule": Way("exact", K),
             "oracle": Way("oracle", K), "token identity": Way("token_identity", K, 0.95)}

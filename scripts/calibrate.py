@@ -12,7 +12,8 @@ score that it refused and the lowest that it kept, so few steps of the walk run 
 
 Prompts must not be the head's training prompts, and must be as those to come: a promise on GSM8K
 says nothing of code. Without an `answer` in the file, the target's own result counts as right. The
-threshold and its evidence (prompts, regressions, bound, domain) go into the head's metadata. Runs
+threshold and its evidence (prompts, regressions, bound, domain) go into the head's metadata. The
+promise is of greedy answers. A second try after a look at the first needs other prompts. Runs
 are kept in HEAD.calibration, from which a killed run goes on.
 """
 
@@ -35,11 +36,11 @@ sys.path.insert(0, str(ROOT))
 
 import terminal  # noqa: E402
 import tp  # noqa: E402
-from checkpoint import ModelConfig, atomic_write, check_writable  # noqa: E402
+from checkpoint import ModelConfig, atomic_write  # noqa: E402
 from generate import Engine  # noqa: E402
 from judge import JudgeHead  # noqa: E402
 from scripts.answers import CHECKS, Prompt, read_prompts  # noqa: E402
-from scripts.jobs import Journal, PairSetup, file_hash, pair_options  # noqa: E402
+from scripts.jobs import Journal, PairSetup, check_paths, file_hash, pair_options  # noqa: E402
 
 try:
     from scipy.stats import beta
@@ -185,15 +186,17 @@ def check_options(args: argparse.Namespace) -> list[Prompt]:
         if value is not None and not low <= value <= high:
             raise ValueError(f"got --{name} {value}, expected a number from {low:g} to {high:g}")
     args.output = args.output or args.judge
-    for path in (args.output, args.record):
-        check_writable(path)
-    prompts = read_prompts(args.prompts, limit=args.limit)
+    check_paths(inputs=[args.prompts], outputs=[args.output, args.record])
+    read = read_prompts(args.prompts, limit=args.limit)
+    prompts = list({(prompt.text, prompt.system): prompt for prompt in read}.values())
+    if len(prompts) < len(read):
+        terminal.say(f"{len(read) - len(prompts)} prompts occur twice and count once")
     needed = prompts_needed(args.max_regressions)
     if len(prompts) < needed:
         raise ValueError(
             f"{args.prompts}: got {len(prompts)} prompts, expected {needed} or more: with fewer, "
             f"no run without a single regression could promise at most {args.max_regressions:g} "
-            f"with {CONFIDENCE:.0%} confidence; give more, or a larger --max_regressions")
+            f"with {CONFIDENCE:.0%} confidence; give more, or ask for less")
     unknown = sum(prompt.answer is not None and CHECKS[args.check](prompt.answer) is None
                   for prompt in prompts)
     if unknown:
@@ -237,16 +240,18 @@ class Calibration:
     quiet = property(lambda self: self.engine.shard.rank > 0)
 
 
-def evidence(args: argparse.Namespace, prompts: list[Prompt], regressions: int,
+def evidence(args: argparse.Namespace, prompts: list[Prompt], regressions: int | None,
              setup: PairSetup) -> dict:
-    """What the head's metadata says of its threshold."""
+    """What the head's metadata says of its threshold; regressions None: nothing is promised."""
     domains = sorted({prompt.domain for prompt in prompts if prompt.domain})
     return {"max_regressions": args.max_regressions, "confidence": CONFIDENCE,
             "prompts": len(prompts), "regressions": regressions,
-            "bound": round(upper_bound(regressions, len(prompts)), 5),
+            "bound": None if regressions is None else round(
+                upper_bound(regressions, len(prompts)), 5),
             "domain": ", ".join(domains) or Path(args.prompts).name, "check": args.check,
             "draft": setup.draft_path.resolve().name, "speculate_k": args.speculate_k,
-            "dtype": str(setup.dtype).removeprefix("torch.")}
+            "dtype": str(setup.dtype).removeprefix("torch."), "temperature": 0.0,
+            "max_new_tokens": args.max_new_tokens}
 
 
 def expected_results(prompts: list[Prompt], alone: list[str | None],
@@ -282,14 +287,14 @@ def conclude(args: argparse.Namespace, prompts: list[Prompt], calibration: Calib
     chosen = promise([step["regressions"] for step in steps], len(prompts), args.max_regressions)
     print_steps(steps, chosen, len(prompts))
     if args.record:
-        about = evidence(args, prompts, 0 if chosen is None else steps[chosen]["regressions"],
-                         setup)
-        write_record(args, steps, calibration.walk, expected, alone, about)
+        count = None if chosen is None else steps[chosen]["regressions"]
+        write_record(args, steps, calibration.walk, expected, alone,
+                     evidence(args, prompts, count, setup))
     if chosen is None:
         raise ValueError(
             f"got more than {most} regressions even at threshold 1, where only rounding parts the "
-            "judged run from the target alone; expected fewer: give more prompts, a larger "
-            "--max_regressions, or --dtype float32")
+            "judged run from the target alone; expected fewer: take more prompts that were not "
+            "used here, or --dtype float32")
     step = steps[chosen]
     about = evidence(args, prompts, step["regressions"], setup)
     head.metadata |= {"threshold": str(step["threshold"]), "calibration": json.dumps(about)}
@@ -303,8 +308,9 @@ def conclude(args: argparse.Namespace, prompts: list[Prompt], calibration: Calib
         print(f"The next step, {thresholds[chosen + 1]:g}, had more than the {most} regressions "
               f"that {len(prompts)} prompts allow at {args.max_regressions:g}.")
     if chosen == 0:
-        print("So the judge keeps nothing: nothing looser can be promised. Give more prompts, a "
-              "larger --max_regressions, or a better head.")
+        print("So the judge keeps nothing: nothing looser can be promised. Train a better head, or "
+              "take more prompts that were not used here: what is asked for after a look at these "
+              "would be no promise.")
     print(f"wrote it into {args.output}\nnext: python generate.py "
           f"--checkpoint_path {args.checkpoint_path} --draft_checkpoint_path "
           f"{args.draft_checkpoint_path} --judge {args.output}")
@@ -329,7 +335,8 @@ def main(args: argparse.Namespace) -> None:
     # the head by its tensors: a calibrated copy of it is the same head
     tensors = head.weight.numpy().tobytes() + head.bias.numpy().tobytes()
     key = {"prompts": file_hash(args.prompts), "check": args.check, "limit": args.limit,
-           "head": hashlib.sha256(tensors).hexdigest()[:16], **setup.key()}
+           "head": hashlib.sha256(tensors).hexdigest()[:16], "step": args.step,
+           "lowest": args.lowest, "max_regressions": args.max_regressions, **setup.key()}
     with Journal(journal_path, key, shard) as journal:
         conclude(args, prompts, Calibration(engine, prompts, journal, args), head, setup)
     if shard.rank == 0:

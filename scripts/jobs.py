@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import cpu  # noqa: E402
 import terminal  # noqa: E402
 import tp  # noqa: E402
-from checkpoint import DTYPES, Checkpoint, ModelConfig  # noqa: E402
+from checkpoint import DTYPES, Checkpoint, ModelConfig, check_writable  # noqa: E402
 from generate import setup_compiler  # noqa: E402
 from judge import check_fit  # noqa: E402
 from model import Transformer  # noqa: E402
@@ -109,10 +109,12 @@ class PairSetup:
 
     def key(self) -> dict:
         """What results depend on, for a journal."""
-        files = {path: [(name, *_stamp(file.path)) for name, file in Checkpoint(path).files.items()]
-                 for path in (self.target_path, self.draft_path)}
-        weights = hashlib.sha256(json.dumps([files[path] for path in files]).encode()).hexdigest()
-        return {"weights": weights[:16], "dtype": str(self.dtype), "device": self.device.type,
+        parts: list = []
+        for path in (self.target_path, self.draft_path):
+            parts += [(name, *_stamp(file.path)) for name, file in Checkpoint(path).files.items()]
+            parts += [file_hash(file) for file in sorted(path.glob("*.json"))]
+        models = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return {"models": models, "dtype": str(self.dtype), "device": self.device.type,
                 "ranks": tp.world_size(), "compile": self.compile, "speculate_k": self.speculate_k,
                 "max_new_tokens": self.max_new_tokens}
 
@@ -120,6 +122,16 @@ class PairSetup:
 def _stamp(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def check_paths(*, inputs: list, outputs: list) -> None:
+    """ValueError where an output would overwrite an input or another output; or cannot be written."""
+    seen = [Path(path).resolve() for path in inputs]
+    for path in filter(None, outputs):
+        if Path(path).resolve() in seen:
+            raise ValueError(f"got {path} twice, expected another file for each output")
+        seen.append(Path(path).resolve())
+        check_writable(path)
 
 
 def file_hash(path: str | Path) -> str:
@@ -130,11 +142,12 @@ class Journal:
     """A file of JSON lines that a killed job goes on from; its first line says what it is of.
 
     A line counts once its newline is on disk: half a line, of a kill or a full disk, is cut off.
-    Rank 0 reads and writes, and all ranks see `lines`. ValueError where the file is of another job.
+    Rank 0 reads and writes. `done` lines are of an earlier run; all ranks see `lines`, or with
+    share=False rank 0 alone. ValueError where the file is of another job.
     """
 
-    def __init__(self, path: str | Path, key: dict, shard: tp.Shard):
-        self.path, self.file = Path(path), None
+    def __init__(self, path: str | Path, key: dict, shard: tp.Shard, *, share: bool = True):
+        self.path, self.file, self.keeps = Path(path), None, share or shard.rank == 0
         problem = None
         self.lines: list[dict] = []
         if shard.rank == 0:
@@ -142,7 +155,9 @@ class Journal:
                 self.lines = self._open(json.loads(json.dumps(key)))
             except (ValueError, OSError) as error:
                 problem = str(error)
-        problem, self.lines = shard.from_first((problem, self.lines))
+        problem, self.done, lines = shard.from_first(
+            (problem, len(self.lines), self.lines if share else None))
+        self.lines = lines if share else self.lines
         if problem:
             raise ValueError(problem)
 
@@ -181,7 +196,8 @@ class Journal:
 
     def append(self, line: dict) -> None:
         """Add a line; rank 0 has it on disk when this returns."""
-        self.lines.append(json.loads(json.dumps(line)))
+        if self.keeps:
+            self.lines.append(json.loads(json.dumps(line)))
         if self.file:
             self._write(line)
 

@@ -40,9 +40,9 @@ sys.path.insert(0, str(ROOT))
 
 import terminal  # noqa: E402
 import tp  # noqa: E402
-from checkpoint import atomic_write, check_writable  # noqa: E402
+from checkpoint import atomic_write  # noqa: E402
 from scripts.answers import CHECKS, Prompt, read_prompts  # noqa: E402
-from scripts.jobs import Journal, PairSetup, file_hash, pair_options  # noqa: E402
+from scripts.jobs import Journal, PairSetup, check_paths, file_hash, pair_options  # noqa: E402
 from scripts.labelers import LABELERS, NEED_CHECK, Example, Label, Pair, Task  # noqa: E402
 from terminal import say  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -55,27 +55,21 @@ ANSWERS = "answers"  # what target and draft write before any labeler looks
 
 def label_prompt(pair: Pair, prompt: Prompt, args: argparse.Namespace, makers: dict,
                  index: int) -> dict:
-    """All labels of one prompt: a journal line. A token that two labelers label counts once."""
+    """All labels of one prompt: a journal line."""
     task = Task(pair, prompt, CHECKS.get(args.check), seed=args.seed * 1_000_003 + index,
                 score_swaps="likelihood" in makers)
     line: dict = {"index": index, "examples": [], "notes": [], "cost": {}}
     if task.room < 2:
-        return line | {"notes": [f"the prompt's {len(task.ids)} tokens fill the context"]}
-    seen: set[tuple[int, ...]] = set()
+        return line | {"notes": ["the prompt leaves no room for an answer"]}
     for name, labeler in makers.items():
         before, shared = (pair.decoded, pair.read), list(task.answers_cost)
-        began, labels = time.perf_counter(), 0
-        for response, found in labeler(task):
-            new = [label for label in found if tuple(response[:label.token + 1]) not in seen]
-            seen |= {tuple(response[:label.token + 1]) for label in new}
-            labels += len(new)
-            if new:
-                line["examples"].append([response, new])
+        began = time.perf_counter()
+        line["examples"] += [example for example in labeler(task) if example.labels]
         shared = [now - then for now, then in zip(task.answers_cost, shared)]
         line["cost"][name] = {
-            "labels": labels, "decoded": pair.decoded - before[0] - shared[0],
+            "decoded": pair.decoded - before[0] - shared[0],
             "read": pair.read - before[1] - shared[1], "seconds": time.perf_counter() - began}
-    line["cost"][ANSWERS] = {"labels": 0, "decoded": task.answers_cost[0],
+    line["cost"][ANSWERS] = {"decoded": task.answers_cost[0],
                              "read": task.answers_cost[1], "seconds": 0.0}
     return line | {"notes": task.notes}
 
@@ -86,20 +80,20 @@ def examples(line: dict) -> list[Example]:
             for response, labels in line["examples"]]
 
 
-def find_tau(lines: list[dict], args: argparse.Namespace) -> tuple[float, str]:
-    """likelihood's threshold and where it is from."""
+def find_tau(lines: list[dict], args: argparse.Namespace) -> tuple[float, str, int]:
+    """likelihood's threshold, where it is from, and how many of swap's tokens it rests on."""
     if args.tau is not None:
-        return args.tau, "as given"
+        return args.tau, "as given", 0
     right, wrong = ([label.score for line in lines for example in examples(line)
                      for label in example.labels if label.labeler == "swap"
                      and label.score is not None and label.right is kind] for kind in (True, False))
     if len(wrong) < TAU_LABELS:
-        return TAU, f"the default; {len(wrong)} tokens that swap found wrong had a score"
+        return TAU, f"the default; {len(wrong)} tokens that swap found wrong had a score", 0
     tau = torch.tensor(wrong, dtype=torch.float64).quantile(args.tau_quantile).item()
     source = (f"the {args.tau_quantile:g} quantile over {len(wrong)} tokens that swap found wrong; "
               f"a share of {sum(s > tau for s in right) / max(len(right), 1):.0%} of the "
               f"{len(right)} that it found right exceed it")
-    return tau, source
+    return tau, source, len(wrong)
 
 
 def read_tau(given: str | None, horizon: int) -> float | None:
@@ -112,17 +106,23 @@ def read_tau(given: str | None, horizon: int) -> float | None:
     try:
         report = json.loads(Path(given).read_text())
         tau, other = float(report["tau"]), report["horizon"]
+        if not report["tau_labels"] or not math.isfinite(tau):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"got --tau {given}, expected a number or what label.py --json FILE "
-                         "wrote") from None
+        raise ValueError(f"got --tau {given}, expected a number, or what --json FILE wrote of a run "
+                         f"in which swap found {TAU_LABELS} wrong tokens or more") from None
     if other != horizon:
         raise ValueError(f"got --tau {given}, found at horizon {other}, with --horizon {horizon}; "
                          "expected the same")
     return tau
 
 
-def record(prompt: Prompt, example: Example, tokenizer: Tokenizer, tau: float) -> dict:
-    """One line of the output."""
+def record(prompt: Prompt, example: Example, tokenizer: Tokenizer, tau: float,
+           seen: set[tuple[int, ...]]) -> dict | None:
+    """One line of the output; None where all its labels are in `seen`, which it adds to.
+
+    A token that two labelers label, after the same text, counts for the first of them alone.
+    """
     verdicts = [label.score > tau if label.right is None else label.right
                 for label in example.labels]
     first = verdicts.index(False) if False in verdicts else len(verdicts)
@@ -131,12 +131,17 @@ def record(prompt: Prompt, example: Example, tokenizer: Tokenizer, tau: float) -
         ids = ids[:example.labels[first].token + 1]
     text = tokenizer.decode(ids)
     for label, right in list(zip(example.labels, verdicts))[:first + 1]:
+        if (key := tuple(ids[:label.token + 1])) in seen:
+            continue
+        seen.add(key)
         labels.append({"token": label.token, "right": right, "labeler": label.labeler,
                        "score": label.score, "rollouts": label.rollouts})
         if not right:
             begin, end = (len(tokenizer.decode(ids[:stop])) for stop in (label.token,
                                                                          label.token + 1))
             errors.append([min(begin, max(end - 1, 0)), max(end, 1)])
+    if not labels:
+        return None
     line = {"prompt": prompt.text, "response": text, "errors": errors, "labels": labels}
     if prompt.system:
         line["system"] = prompt.system
@@ -148,21 +153,22 @@ def record(prompt: Prompt, example: Example, tokenizer: Tokenizer, tau: float) -
 def finish(lines: list[dict], prompts: list[Prompt], args: argparse.Namespace,
            tokenizer: Tokenizer) -> None:
     """Write OUTPUT from all journal lines, then say what there is."""
-    tau, source = find_tau(lines, args)
+    tau, source, tau_labels = find_tau(lines, args)
     counts: Counter = Counter()
     with atomic_write(args.output) as aside, aside.open("w", encoding="utf-8") as file:
         for line in lines:
+            seen: set[tuple[int, ...]] = set()
             for example in examples(line):
-                made = record(prompts[line["index"]], example, tokenizer, tau)
-                counts.update((label["labeler"], label["right"]) for label in made["labels"])
-                if made["response"]:
-                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
+                made = record(prompts[line["index"]], example, tokenizer, tau, seen)
+                if made and made["response"]:
+                    counts.update((label["labeler"], label["right"]) for label in made["labels"])
+                    file.write(json.dumps(made) + "\n")
     if "likelihood" in args.labeler:
         print(f"likelihood: right where the score exceeds {tau:.2f} ({source})")
     print_costs(lines, counts)
     if args.json:
         report = {"command": shlex.join(["python", *sys.argv]), "prompts": len(lines), "tau": tau,
-                  "tau_from": source, "horizon": args.horizon, "labelers": {name: {
+                  "tau_from": source, "tau_labels": tau_labels, "horizon": args.horizon, "labelers": {name: {
                       **cost, "right": counts[name, True], "wrong": counts[name, False]}
                       for name, cost in costs(lines).items()}}
         with atomic_write(args.json) as aside:
@@ -188,7 +194,7 @@ def print_costs(lines: list[dict], counts: Counter) -> None:
     print(f"\n{'labeler':<12}{'right':>9}{'wrong':>9}{'target tokens':>15}{'a label':>9}"
           f"{'read':>12}{'a label':>9}{'seconds':>9}")
     for name, cost in costs(lines).items():
-        labels = max(cost["labels"], 1)
+        labels = max(counts[name, True] + counts[name, False], 1)
         each = [f"{cost[key] / labels:.1f}" if name != ANSWERS else "" for key in ("decoded",
                                                                                    "read")]
         print(f"{name:<12}{counts[name, True]:>9,}{counts[name, False]:>9,}{cost['decoded']:>15,}"
@@ -211,7 +217,7 @@ def dry_run(pair: Pair, prompts: list[Prompt], left: list[int], args: argparse.N
         lines, seconds = lines[1:], seconds[1:]
     decoded, read = (sum(cost[key] for line in lines for cost in line["cost"].values())
                      for key in ("decoded", "read"))
-    labels = sum(len(example[1]) for line in lines for example in line["examples"])
+    labels = sum(len(example.labels) for line in lines for example in line["examples"])
     each = len(left) / len(lines)
     print(f"{len(left)} prompts; from {len(lines)} of them: about {labels * each:,.0f} labels, "
           f"{decoded * each:,.0f} target tokens written and {read * each:,.0f} read, "
@@ -228,7 +234,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--labeler", required=True, metavar="NAME,...", help=f"of {', '.join(LABELERS)}")
     add("--check", choices=CHECKS, help="what makes two answers the same")
     add("--output", required=True, metavar="FILE", help="the labels, JSON lines")
-    add("--json", metavar="FILE", help="write what the labels took, by labeler")
+    add("--json", metavar="FILE", help="write what the labels took, by labeler, and τ")
+    add("--max_prompt_tokens", type=int, default=4096, metavar="N",
+        help="a longer prompt is left out; caches are made for the longest (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="the first N prompts alone")
     add("--dry_run", action="store_true", help="say what it would cost, and end")
     add("--seed", type=int, default=0, help="of rollouts and corruptions (default: %(default)s)")
@@ -244,7 +252,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tau", metavar="τ", help="likelihood's threshold: a number, or the file that --json of a "
         f"run with swap wrote (default: from swap in this run, else {TAU:g})")
     add("--tau_quantile", type=float, default=0.9,
-        help="of the scores of what swap found wrong (default: %(default)s)")
+        help="of the scores of what swap found wrong: at 0.9 a tenth of it would still pass as "
+             "right (default: %(default)s)")
     return pair_options(parser, speculate_k=8).parse_args(argv)
 
 
@@ -260,15 +269,14 @@ def check_options(args: argparse.Namespace) -> None:
     if needing := NEED_CHECK.intersection(args.labeler) if args.check is None else ():
         raise ValueError(f"got --labeler {','.join(sorted(needing))} without --check, expected "
                          f"one of {', '.join(CHECKS)}: it compares results")
-    for name, low, high in (("limit", 1, 1e12), ("seed", 0, 2**31), ("rollouts", 2, 1024),
+    for name, low, high in (("limit", 1, 1e12), ("max_prompt_tokens", 1, 1e9), ("seed", 0, 2**31), ("rollouts", 2, 1024),
                             ("rollout_temperature", 1e-3, 100), ("corruptions", 1, 1000),
                             ("horizon", 0, 1000), ("tau_quantile", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"got --{name} {value}, expected a number from {low:g} to {high:g}")
     args.tau = read_tau(args.tau, args.horizon)
-    for path in (args.output, args.json):
-        check_writable(path)
+    check_paths(inputs=[args.prompts], outputs=[args.output, args.json])
     if Path(args.output).exists() and not args.dry_run and not partial(args).exists():
         raise ValueError(f"{args.output}: is there already; remove it or give another --output")
 
@@ -280,7 +288,7 @@ def partial(args: argparse.Namespace) -> Path:
 def job_key(args: argparse.Namespace, setup: PairSetup) -> dict:
     """What the labels depend on, but for τ, which is applied at the end."""
     names = ("labeler", "check", "limit", "seed", "rollouts", "rollout_temperature", "corruptions",
-             "horizon", "along")
+             "horizon", "along", "max_prompt_tokens")
     return {"prompts": file_hash(args.prompts), **{name: getattr(args, name) for name in names},
             **setup.key()}
 
@@ -289,8 +297,8 @@ def done_before(args: argparse.Namespace, setup: PairSetup, shard: tp.Shard) -> 
     """How many prompts a killed run has labelled already."""
     if not shard.from_first(partial(args).exists()):
         return 0
-    with Journal(partial(args), job_key(args, setup), shard) as journal:
-        return len(journal.lines)
+    with Journal(partial(args), job_key(args, setup), shard, share=False) as journal:
+        return journal.done
 
 
 def main(args: argparse.Namespace) -> None:
@@ -298,8 +306,8 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     setup = PairSetup.from_args(args)
     prompts = read_prompts(args.prompts, limit=args.limit)
-    longest = max(len(setup.tokenizer.encode_prompt(prompt.text, system=prompt.system))
-                  for prompt in prompts)
+    longest = min(max(len(setup.tokenizer.encode_prompt(prompt.text, system=prompt.system))
+                      for prompt in prompts), args.max_prompt_tokens)
     shard = tp.start(setup.device)
     terminal.only_first_rank_speaks(shard)
     models = setup.load(shard)
@@ -311,7 +319,7 @@ def main(args: argparse.Namespace) -> None:
         dry_run(pair, prompts, list(range(done_before(args, setup, shard), len(prompts))), args,
                 makers)
         return tp.stop()
-    with Journal(partial(args), job_key(args, setup), shard) as journal:
+    with Journal(partial(args), job_key(args, setup), shard, share=False) as journal:
         run(pair, prompts, journal, args, makers)
     if shard.rank == 0:
         finish(journal.lines, prompts, args, setup.tokenizer)
@@ -322,7 +330,7 @@ def main(args: argparse.Namespace) -> None:
 def run(pair: Pair, prompts: list[Prompt], journal: Journal, args: argparse.Namespace,
         makers: dict) -> None:
     """Label what the journal lacks, a prompt at a time."""
-    done = len(journal.lines)
+    done = journal.done
     if done:
         say(f"going on after {done} of {len(prompts)} prompts")
     tally, target_tokens = Counter(), 0
@@ -331,7 +339,7 @@ def run(pair: Pair, prompts: list[Prompt], journal: Journal, args: argparse.Name
         for index in range(done, len(prompts)):
             line = label_prompt(pair, prompts[index], args, makers, index)
             journal.append(line)
-            tally.update(label[1] for example in line["examples"] for label in example[1])
+            tally.update(label.right for _, labels in line["examples"] for label in labels)
             target_tokens += sum(cost["decoded"] for cost in line["cost"].values())
             bar.set_postfix({"right": tally[True], "wrong": tally[False], "open": tally[None],
                              "target tokens": target_tokens}, refresh=False)

@@ -38,6 +38,9 @@ from judge import greedy, probs, sample
 from model import Transformer
 from scripts.answers import Prompt
 from scripts.jobs import PairSetup
+from tokenizer import Tokenizer
+
+NOT_FINITE = "the target's logits are not finite (NaN or infinity); try another --dtype"
 
 
 class Label(NamedTuple):
@@ -87,8 +90,8 @@ class Pair:
         options = {"speculate_k": setup.speculate_k, "max_seq_length": length,
                    "tokenizer": setup.tokenizer, "compile": setup.compile}
         self.engine = Engine(target, draft, rule="exact", **options)
-        self.draft_alone = Engine(draft, **options)
         self.stop_tokens = self.engine.stop_tokens
+        self.draft_alone = Engine(draft, stop_tokens=self.stop_tokens, **options)
         self.silent = {*self.stop_tokens, *setup.tokenizer.special_tokens.values()}
         self.step = device_step(rollout_step, target, setup.compile)
         self.score = device_step(log_prob_step, target, setup.compile)
@@ -154,6 +157,8 @@ class Pair:
                 parts = step(self.target, tokens[chunk][None], positions[chunk], chosen[chunk])
             for one, part in zip(found, parts):
                 one.extend(part.tolist())
+            if not parts[1].isfinite().all():
+                raise FloatingPointError(NOT_FINITE)
         self.read += len(tokens)
         self.target.cached = ids
         return found
@@ -181,7 +186,7 @@ class Pair:
                                     torch.tensor([position], device=model.device),
                                     self.temperature, e)
             if not top.isfinite().all():
-                raise FloatingPointError("the target's logits are not finite; try another --dtype")
+                raise FloatingPointError(NOT_FINITE)
             for answer, token in zip(answers, tokens.tolist()):
                 if not (answer and answer[-1] in self.stop_tokens):
                     answer.append(token)
@@ -195,7 +200,6 @@ class Pair:
         model = self.target
         begin = _common(ids, model.cached)
         if begin < len(ids):
-            begin = min(begin, len(ids) - 1)
             self.engine.read(torch.tensor(ids, device=model.device), begin, None, None, None)
         model.cached = ids
 
@@ -362,22 +366,27 @@ def bisect(task: Task) -> Iterator[Example]:
         return
     argmax = pair.log_probs([*task.ids, *z[:-1]], 0, [[0]] * (n + len(z) - 1))[-1]
     places = [i for i, token in enumerate(z) if argmax[n - 1 + i] != token]
-    if not places:
-        task.notes.append("the target would have written the draft's wrong answer")
+    if not places or not pair.finished(z):
+        task.notes.append("the draft's answer did not end" if places else
+                          "the target would have written the draft's wrong answer")
         return
     rollouts = 0
 
     def share(length: int) -> float:
         nonlocal rollouts
+        if pair.finished(z[:length]):  # its last place is where it stops, wrong
+            return 0.0
         rollouts += pair.rollouts
         seed = random.Random(f"{task.seed}:{length}").getrandbits(62)
         answers = pair.sample_answers([*task.ids, *z[:length]], task.room - length, seed)
         return sum(task.result([*z[:length], *one]) == task.right
                    for one in answers) / pair.rollouts
 
-    high, low, at = share(0), None, len(places) - 1
-    if not high:
-        task.notes.append("the target never came out right")
+    high, at = share(0), len(places) - 1
+    low = share(places[at] + 1)
+    if low >= high / 2:
+        task.notes.append("the target recovers from all of the draft's answer" if high else
+                          "the target never came out right")
         return
     begin = -1  # index of the last place after which the share is still high
     while at - begin > 1:
@@ -394,26 +403,40 @@ def bisect(task: Task) -> Iterator[Example]:
     yield Example(z[:c + 1], labels)
 
 
-OPERATORS = r"[-+*/×÷=<>]|plus|minus|times|over|from"
-KINDS = (
-    ("number", re.compile(r"\d+|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|"
-                          r"twelve|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty")),
-    ("operator", re.compile(OPERATORS)), ("name", re.compile(r"[A-Z][a-z]+")))
+NUMERALS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+            "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
+            "eighty ninety").split()
+KINDS = {  # of one kind no two mean the same
+    "digits": re.compile(r"\d+"), "numeral": re.compile("|".join(NUMERALS)),
+    "operator": re.compile(r"[-+*/]"), "operation": re.compile("plus|minus|times")}
+NAME = re.compile(r" [A-Z][a-z]+")
 
 
-def kinds(pair: Pair) -> dict[int, tuple]:
-    """Token id -> (number, operator or name; whether a space begins it), for those that are one."""
+def kinds(tokenizer: Tokenizer) -> dict[int, tuple]:
+    """Token id -> (which of KINDS, whether a space begins it), for the tokens that are one."""
     found = {}
-    for token in range(pair.tokenizer.vocab_size):
-        text = pair.tokenizer.token_bytes(token).decode(errors="replace")
-        for kind, pattern in KINDS:
-            if token not in pair.silent and pattern.fullmatch(text.strip()):
-                found[token] = kind, text[:1].isspace()
+    special = set(tokenizer.special_tokens.values())
+    for token in (i for i in range(tokenizer.vocab_size) if i not in special):
+        text = tokenizer.token_bytes(token).decode(errors="replace")
+        for kind, pattern in KINDS.items():
+            if pattern.fullmatch(text.strip(" ")):
+                found[token] = kind, text.startswith(" ")
     return found
 
 
+def names(task: Task) -> dict[int, tuple]:
+    """The capitalised words within the prompt's sentences, as `kinds` has others."""
+    texts = [task.pair.tokenizer.token_bytes(i).decode(errors="replace") for i in task.ids]
+    return {task.ids[i]: ("name", True) for i in range(1, len(texts))
+            if NAME.fullmatch(texts[i]) and re.search(r"[\w,;]$", texts[i - 1])}
+
+
 class Corrupt:
-    """Right answers with one number, operator or name replaced by the draft's likeliest other."""
+    """Right answers with one number, operator or name replaced by the draft's likeliest other.
+
+    A name is replaced by another of the prompt's. Where both orders are right ("two plus three"),
+    the label is not: labels are near-exact.
+    """
 
     def __init__(self, count: int = 2):
         self.count = count  # corruptions an answer
@@ -426,15 +449,23 @@ class Corrupt:
             return
         yield task.all_right(z, "corrupt")
         if self.kinds is None:
-            self.kinds = kinds(pair)
-        places = [i for i, token in enumerate(z) if token in self.kinds]
+            self.kinds = kinds(pair.tokenizer)
+        known = self.kinds | names(task)
+        places = [i for i, token in enumerate(z) if token in known]
         logits = pair.draft_logits([*task.ids, *z], len(task.ids))
         for i in sorted(random.Random(task.seed).sample(places, min(self.count, len(places)))):
-            others = [token for token, kind in self.kinds.items()
-                      if kind == self.kinds[z[i]] and token != z[i]]
+            others = [token for token, kind in known.items()
+                      if kind == known[z[i]] and token != z[i]
+                      and not same_digits(pair.tokenizer, token, z[i])]
             if others:
                 other = others[int(logits[i, others].argmax())]
                 yield Example([*z[:i], other], [Label(i, False, "corrupt")])
+
+
+def same_digits(tokenizer: Tokenizer, a: int, b: int) -> bool:
+    """Whether two tokens spell one number in digits, as 7 and 07 do."""
+    first, second = (tokenizer.token_bytes(token).strip() for token in (a, b))
+    return first.isdigit() and second.isdigit() and int(first) == int(second)
 
 
 LABELERS: dict[str, Callable[..., Callable[[Task], Iterator[Example]]]] = {

@@ -397,7 +397,10 @@ def labels(record: Record) -> list[str]:
     rows = []
     for name, row in record("labelers").items():
         cost = {key: sum(part[key] for part in row["cost"]["labelers"].values())
-                for key in ("decoded", "read", "labels", "seconds")} if "cost" in row else None
+                for key in ("decoded", "read", "seconds")} if "cost" in row else None
+        if cost:
+            cost["labels"] = sum(part["right"] + part["wrong"]
+                                 for part in row["cost"]["labelers"].values())
         tokens, questions = row["grammar"]["tokens"], (row["grammar"], row["answer"])
         each = (number(cost[key] / cost["labels"], ".1f") for key in ("decoded", "read")) \
             if cost else ("–", "–")

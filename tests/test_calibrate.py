@@ -405,7 +405,8 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, line, others, messa
     monkeypatch.setattr(Transformer, "from_checkpoint", lambda *_, **__: pytest.fail("weights"))
     prompts = tmp_path / "unseen.jsonl"
     fitting = {"prompt": "q", "answer": "#### 7"}
-    prompts.write_text("\n".join(json.dumps(each) for each in [fitting] * 4 + [line]))
+    fitting = [fitting | {"prompt": f"q{i}"} for i in range(4)]
+    prompts.write_text("\n".join(json.dumps(each) for each in [*fitting, line]))
     args = parse_args(options(prompts, tmp_path / "head", "--max_regressions", "0.5", *others))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(args)

@@ -437,12 +437,23 @@ def test_bisect_without_a_right_rollout_or_a_disagreement_has_a_note():
 
 
 def test_bisect_of_an_answer_that_does_not_end():
-    """Behind its last token there is no room for a rollout."""
+    """Rollouts from late in it fail for lack of room: they would blame a right token."""
     pair = planted(20, 3)
     pair.limit = 6
     pair.length = 7
-    (found,) = bisect(task_of(pair, answer="97"))
-    assert found.response == [1, 2, 3, 4] and found.labels[-1][:2] == (3, False)
+    task = task_of(pair, answer="97")
+    assert not list(bisect(task)) and task.notes == ["the draft's answer did not end"]
+
+
+def test_bisect_asks_whether_the_target_recovers_from_all():
+    """Sampled rollouts may come out right after the last place, too: nothing is blamed then."""
+    pair = planted(6, 3, after=1.0)
+    pair.target_function = lambda response: len(response) + 1 if len(response) != 4 else 50
+    pair.draft_function = script({(1, 2, 3, 4): 9, (1, 2, 3, 4, 9): STOP}, lambda r: len(r) + 1)
+    pair.target_function = script({(1, 2, 3, 4, 9): STOP}, pair.target_function)
+    task = task_of(pair, answer="97")
+    assert not list(bisect(task))
+    assert task.notes == ["the target recovers from all of the draft's answer"]
 
 
 def test_bisect_gives_no_label_to_a_stop_token():
@@ -520,7 +531,7 @@ class Words(Numerals):
     special_tokens, vocab_size = {"<stop>": STOP}, len(WORDS)
 
     def token_bytes(self, token: int) -> bytes:
-        return WORDS[token].encode()
+        return b"<bos>" if token == BOS else WORDS[token].encode()
 
     def decode(self, ids, *, skip_special: bool = False) -> str:
         return "".join(WORDS[token] for token in ids if token != STOP)
@@ -533,13 +544,15 @@ def corrupted(z: list[int], count: int, seed: int = 3) -> tuple[list[Example], t
     logits = torch.randn(len(z) + 1, len(WORDS), generator=torch.Generator().manual_seed(seed))
     pair.draft_logits = lambda ids, start: logits[:len(ids) - start]
     task = Task(pair, Prompt("?", answer="three"), CHECKS["number"], seed=seed)
+    assert task.draft_answer == [*z, STOP]
+    task.ids = [BOS, 6, 8, 7, 8, 6, 8, 10, 9, 15]  # <bos> Ann has Bob has Ann has Cy.Dan
     return list(Corrupt(count)(task)), logits
 
 
 def test_corrupt_replaces_by_the_drafts_likeliest_of_the_same_kind():
     """Ann has two plus three. Planted: the least likely, any leading space, the row before."""
     z, places = [6, 8, 1, 4, 2], set()
-    same = {6: [7, 10], 1: [2, 12, 13], 4: [5], 2: [1, 12, 13]}  # by kind and leading space
+    same = {6: [7, 10], 1: [2, 12], 4: [5], 2: [1, 12]}  # by kind and leading space
     for seed in range(12):
         (whole, *wrong), logits = corrupted(z, 2, seed)
         assert whole == Example(z, [Label(i, True, "corrupt") for i in range(5)])
@@ -573,7 +586,7 @@ def tokenizer() -> Tokenizer:
 
 def made(tokenizer: Tokenizer, ids: list[int], *labels: Label, tau: float = 0.0,
          system: str | None = None) -> dict:
-    return label.record(Prompt("q", system), Example(ids, list(labels)), tokenizer, tau)
+    return label.record(Prompt("q", system), Example(ids, list(labels)), tokenizer, tau, set())
 
 
 def test_record_has_spans_of_the_wrong_tokens_alone(tokenizer):
@@ -587,7 +600,8 @@ def test_record_has_spans_of_the_wrong_tokens_alone(tokenizer):
                         "labels": [{"token": i, "right": False, "labeler": "swap", "score": -2.5,
                                     "rollouts": 1}]}
         assert made(tokenizer, ids, Label(i, True, "swap"))["errors"] == []
-    assert made(tokenizer, ids, system="Be brief.")["system"] == "Be brief."
+    line = made(tokenizer, ids, Label(0, True, "swap"), system="Be brief.")
+    assert line["system"] == "Be brief." and made(tokenizer, ids) is None
 
 
 def test_record_lets_the_threshold_decide(tokenizer):
@@ -600,9 +614,10 @@ def test_record_lets_the_threshold_decide(tokenizer):
 def test_record_keeps_ids_where_the_text_is_read_as_others(tokenizer):
     """Tokens that end within a character, and a word spelled letter by letter."""
     plain = tokenizer.encode("Mia has é")
-    assert "response_ids" not in made(tokenizer, plain)
+    right = Label(0, True, "swap")
+    assert "response_ids" not in made(tokenizer, plain, right)
     letters = [tokenizer.encode(letter)[0] for letter in " has"]
-    assert made(tokenizer, letters)["response_ids"] == letters != tokenizer.encode(" has")
+    assert made(tokenizer, letters, right)["response_ids"] == letters != tokenizer.encode(" has")
     half = [token for token in range(tokenizer.vocab_size)
             if tokenizer.token_bytes(token) in (b"\xc3", b"\xa9")]
     half.sort(key=lambda token: -tokenizer.token_bytes(token)[0])
@@ -618,7 +633,7 @@ def test_record_keeps_ids_where_the_text_is_read_as_others(tokenizer):
     assert "response_ids" not in first  # the text gives both halves back
     alone = made(tokenizer, half[:1], Label(0, False, "swap"))
     assert alone["response"] == "\ufffd" and alone["errors"] == [[0, 1]]
-    assert made(tokenizer, cut)["response_ids"] == cut
+    assert made(tokenizer, cut, right)["response_ids"] == cut
     for each, ids in ((line, whole), (first, half), (alone, half[:1])):
         assert train_head.response_ids(each, tokenizer) == ids
         answer = train_head.encode_answer(json.dumps(each).encode(), tokenizer, context=2048,
@@ -627,25 +642,21 @@ def test_record_keeps_ids_where_the_text_is_read_as_others(tokenizer):
         assert set(answer.labels[:-1]) <= {train_head.LEFT_OUT}
 
 
-def test_a_token_that_two_labelers_label_counts_once():
-    def one(task):
-        yield Example([1, 2], [Label(0, True, "one"), Label(1, False, "one")])
+def test_a_token_that_two_labelers_label_counts_once(tokenizer):
+    """The first has it; a wrong one cuts what follows it in the second's answer all the same."""
+    seen: set = set()
 
-    def two(task):
-        yield Example([1, 2, 3], [Label(0, False, "two"), Label(1, True, "two"),
-                                  Label(2, True, "two")])
-        yield Example([1, 2], [Label(1, True, "two")])
-        yield Example([2, 2], [Label(1, True, "two")])  # after another beginning
+    def labels(ids: list[int], *given: Label) -> list[tuple]:
+        line = label.record(Prompt("q"), Example(ids, list(given)), tokenizer, -4.0, seen)
+        return [(each["token"], each["right"], each["labeler"]) for each in line["labels"]
+                ] if line else []
 
-    pair = Scripted(lambda response: 1, lambda response: 1)
-    args = argparse.Namespace(check="number", seed=0)
-    line = label.label_prompt(pair, Prompt("?"), args, {"one": one, "two": two}, 7)
-    line = json.loads(json.dumps(line))  # as a journal gives it back
-    assert line["index"] == 7 and label.examples(line) == [
-        Example([1, 2], [Label(0, True, "one"), Label(1, False, "one")]),
-        Example([1, 2, 3], [Label(2, True, "two")]), Example([2, 2], [Label(1, True, "two")])]
-    assert {name: cost["labels"] for name, cost in line["cost"].items()} == {
-        "one": 2, "two": 2, "answers": 0}
+    assert labels([71, 72], Label(0, True, "a"), Label(1, False, "a")) == [
+        (0, True, "a"), (1, False, "a")]
+    assert labels([71, 72, 73], Label(1, None, "b", -9.0), Label(2, None, "b", -1.0)) == []
+    assert labels([71, 74, 73], Label(0, True, "b"), Label(2, None, "b", -1.0)) == [(2, True, "b")]
+    assert labels([71, 74, 73], Label(2, False, "c")) == []
+    assert labels([72, 72], Label(1, True, "c")) == [(1, True, "c")]  # after another beginning
 
 
 def swap_line(right: list[float], wrong: list[float], index: int = 0) -> dict:
@@ -659,7 +670,8 @@ def test_tau_is_a_quantile_of_what_swap_found_wrong():
     args = argparse.Namespace(tau=None, tau_quantile=0.9)
     lines = [swap_line([0.0, -1.0, -3.05], [-float(i) for i in range(1, 31)]),
              swap_line([-50.0], [-31.0])]
-    tau, source = label.find_tau(lines, args)
+    tau, source, count = label.find_tau(lines, args)
+    assert count == 31
     assert tau == pytest.approx(-4.0)  # of -1 to -31: a tenth of them exceeds it
     assert "0.9 quantile over 31" in source and "75% of the 4" in source
     args.tau_quantile = 1.0
@@ -669,7 +681,19 @@ def test_tau_is_a_quantile_of_what_swap_found_wrong():
     enough = [swap_line([0.0], [-1.0] * label.TAU_LABELS)]
     assert label.find_tau(enough, args)[0] == -1.0
     args.tau = -2.5
-    assert label.find_tau(lines, args) == (-2.5, "as given")
+    assert label.find_tau(lines, args) == (-2.5, "as given", 0)
+
+
+def test_tau_of_an_earlier_run_must_be_one_that_swap_found(tmp_path):
+    file = tmp_path / "swap.json"
+    report = {"tau": -3.5, "tau_labels": 40, "horizon": 0}
+    file.write_text(json.dumps(report))
+    assert label.read_tau(str(file), 0) == -3.5 and label.read_tau("-2", 7) == -2.0
+    for change, message in (({"tau_labels": 0}, "in which swap found"), ({"tau": None}, "a number"),
+                            ({"tau": math.nan}, "a number"), ({"horizon": 20}, "at horizon 20")):
+        file.write_text(json.dumps(report | change))
+        with pytest.raises(ValueError, match=message):
+            label.read_tau(str(file), 0)
 
 
 def test_swap_runs_first_whatever_the_order(tmp_path):
@@ -707,7 +731,7 @@ def test_an_answer_is_cut_after_its_first_wrong_token(tokenizer):
     labels = [Label(i, None, "likelihood", score) for i, score in ((0, -1.0), (2, -5.0), (4, -9.0),
                                                                    (5, -1.0))]
     for tau, kept, last in ((-4.0, 2, 3), (-6.0, 3, 5), (-10.0, 4, len(ids))):
-        line = label.record(Prompt("?"), Example(ids, labels), tokenizer, tau)
+        line = label.record(Prompt("?"), Example(ids, labels), tokenizer, tau, set())
         assert tokenizer.encode(line["response"]) == ids[:last]
         assert [each["right"] for each in line["labels"]] == [True] * (kept - 1) + [tau == -10.0]
         assert len(line["errors"]) == (tau != -10.0)
@@ -860,7 +884,7 @@ def test_all_labelers_run_end_to_end(command, tmp_path, capsys, tokenizer):
     for name, found in counts.items():
         costs = report["labelers"][name]
         assert found == {True: costs["right"], False: costs["wrong"]}
-        assert costs["labels"] == sum(found.values()) and f"\n{name} " in said
+        assert f"\n{name} " in said
     assert counts["swap"][True] and counts["swap"][False] and counts["likelihood"][False]
     assert counts["bisect"][True] + counts["corrupt"][True] and counts["corrupt"][False]
     assert report["prompts"] == 2 and "train_head.py" in said
@@ -932,7 +956,7 @@ def test_prompts_that_fill_the_context_are_left_out(tiny):
     pair = Pair(*tiny.models, tiny.setup, 16)
     args = argparse.Namespace(check=None, seed=0)
     line = label.label_prompt(pair, Prompt("word " * 40), args, {"likelihood": Likelihood()}, 0)
-    assert not line["examples"] and "fill the context" in line["notes"][0]
+    assert not line["examples"] and "leaves no room" in line["notes"][0]
     assert ModelConfig.from_checkpoint(tiny.path).max_position_embeddings > 16
 
 
