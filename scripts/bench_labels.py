@@ -158,7 +158,8 @@ def run_labels(args: argparse.Namespace) -> None:
     target, draft = setup.load(tp.Shard())
     problems = {p.prompt: p for p in demo_pair.held_out(args.seed, args.problems)}
     pair = Pair(target, draft, setup, setup.length(200))
-    report: dict = {"machine": machine(torch.device("cpu")), "problems": args.problems, "seed": args.seed, "labelers": {}}
+    report: dict = {"machine": machine(torch.device("cpu")), "problems": args.problems,
+                    "seed": args.seed, "labelers": {}}
     for name, path in files.items():
         tokens = judged_tokens(path, problems, target, setup.tokenizer)
         some = random.Random(0).sample(tokens, min(args.sample, len(tokens)))
@@ -224,7 +225,8 @@ def run_heads(args: argparse.Namespace) -> None:
     answers = demo_pair.answer_problems(
         DEMO, demo_pair.held_out(args.seed, args.problems), tuple(ways.values()), dtype=dtype,
         workers=args.workers, compile=args.compile)
-    report: dict = {"machine": machine(torch.device("cpu")), "problems": args.problems, "seed": args.seed, "speculate_k": K,
+    report: dict = {"machine": machine(torch.device("cpu")), "problems": args.problems,
+                    "seed": args.seed, "speculate_k": K,
                     "dtype": str(dtype).removeprefix("torch."), "rows": {}}
     exact = demo_pair.summary(answers[ways["exact rule"]])["tokens_per_round"]
     first = next(iter(heads))  # the head that the others are compared with
@@ -271,7 +273,7 @@ def simulate(record: dict, *, share: float, sample: int, repetitions: int, seed:
         chosen.append(None if index is None else thresholds[index])
     made = [one for one in chosen if one is not None]
     return {"max_regressions": share, "sample": sample, "repetitions": repetitions, "seed": seed,
-            "prompts": len(worse), "broken": broken, "promised": len(made),
+            "prompts": len(worse), "broken": int(broken), "promised": len(made),
             "thresholds": [float(q) for q in np.quantile(made, (0, 0.25, 0.5, 0.75, 1))]
             if made else None, "true_share": dict(zip(map(str, thresholds), true.tolist()))}
 
@@ -294,7 +296,8 @@ def run_calibration(args: argparse.Namespace) -> None:
         spread = ", ".join(f"{t:g}" for t in result["thresholds"] or ())
         print(f"{result['max_regressions']:>7g}{result['sample']:>15}{result['promised']:>10}"
               f"{result['broken']:>8}   {spread}")
-    write_json(args.json, {"machine": machine(torch.device("cpu")), "record": Path(args.record).name,
+    write_json(args.json, {"machine": machine(torch.device("cpu")),
+                           "record": Path(args.record).name,
                            "record_command": record.get("command"), "results": results})
 
 

@@ -1,6 +1,6 @@
 """Set a judge's threshold to a promise: at most so many answers of the target's are made worse.
 
-A regression is a prompt that the target alone gets right and the judged run gets wrong. δ is walked
+A regression is a prompt that the target alone gets right and the judged run gets wrong. δ goes
 from strict (1: the exact rule) to loose, and the walk stops before the upper 95% Clopper-Pearson
 bound of the share of regressions, among all prompts, passes --max_regressions. As a fixed sequence
 that ends at its first failure it promises, whatever the curve looks like: with 95% confidence, the

@@ -12,7 +12,7 @@ verification rejects much that is right, while a grammar that knows every right 
     python scripts/demo_pair.py sweep                 # thresholds, on validation problems
     python scripts/demo_pair.py evaluate --seed 1 --problems 2000 --json eval.json
     python scripts/demo_pair.py int8                  # what int8 weights change, over the same problems
-    python scripts/demo_pair.py prompts --seed 3 --problems 300 --output prompts.jsonl   # for scripts/label.py
+    python scripts/demo_pair.py prompts --seed 3 --problems 300 --output prompts.jsonl
 
 What is made lies in build/demo; the pair itself in build/demo/pair, which the last three take with
 --pair build/demo/pair: by default they read the bundled pair. Speed and the best K are measured by
@@ -695,7 +695,8 @@ class Bench:
         if way not in self.rules:
             self.rules[way] = (TokenIdentity(self.identity_scores, way.threshold)
                                if way.rule == "token_identity" else
-                               make_rule(way.rule, head=self.find_head(way), threshold=way.threshold))
+                               make_rule(way.rule, head=self.find_head(way),
+                                         threshold=way.threshold))
         return self.rules[way]
 
     def answer(self, problem: Problem, way: Way) -> dict:

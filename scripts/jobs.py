@@ -125,7 +125,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def check_paths(*, inputs: list, outputs: list) -> None:
-    """ValueError where an output would overwrite an input or another output; or cannot be written."""
+    """ValueError where an output would overwrite an input or another one, or cannot be written."""
     seen = [Path(path).resolve() for path in inputs]
     for path in filter(None, outputs):
         if Path(path).resolve() in seen:

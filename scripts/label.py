@@ -109,8 +109,8 @@ def read_tau(given: str | None, horizon: int) -> float | None:
         if not report["tau_labels"] or not math.isfinite(tau):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"got --tau {given}, expected a number, or what --json FILE wrote of a run "
-                         f"in which swap found {TAU_LABELS} wrong tokens or more") from None
+        raise ValueError(f"got --tau {given}, expected a number, or what --json FILE wrote of a "
+                         f"run in which swap found {TAU_LABELS} wrong tokens or more") from None
     if other != horizon:
         raise ValueError(f"got --tau {given}, found at horizon {other}, with --horizon {horizon}; "
                          "expected the same")
@@ -168,7 +168,8 @@ def finish(lines: list[dict], prompts: list[Prompt], args: argparse.Namespace,
     print_costs(lines, counts)
     if args.json:
         report = {"command": shlex.join(["python", *sys.argv]), "prompts": len(lines), "tau": tau,
-                  "tau_from": source, "tau_labels": tau_labels, "horizon": args.horizon, "labelers": {name: {
+                  "tau_from": source, "tau_labels": tau_labels, "horizon": args.horizon,
+                  "labelers": {name: {
                       **cost, "right": counts[name, True], "wrong": counts[name, False]}
                       for name, cost in costs(lines).items()}}
         with atomic_write(args.json) as aside:
@@ -249,8 +250,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--along", choices=("target", "draft", "both"), default="target",
         help="likelihood: whose answer the draft's tokens stand in; the draft's needs --horizon 0 "
              "and no target tokens (default: %(default)s)")
-    add("--tau", metavar="τ", help="likelihood's threshold: a number, or the file that --json of a "
-        f"run with swap wrote (default: from swap in this run, else {TAU:g})")
+    add("--tau", metavar="τ", help="likelihood's threshold: a number, or the file that --json of "
+        f"a run with swap wrote (default: from swap in this run, else {TAU:g})")
     add("--tau_quantile", type=float, default=0.9,
         help="of the scores of what swap found wrong: at 0.9 a tenth of it would still pass as "
              "right (default: %(default)s)")
@@ -262,16 +263,17 @@ def check_options(args: argparse.Namespace) -> None:
     for name in (wanted := args.labeler.split(",")):
         if name not in LABELERS:
             raise ValueError(f"got labeler {name!r}, expected some of {', '.join(LABELERS)}")
-    args.labeler = [name for name in LABELERS if name in wanted]  # swap first: τ is from its labels
+    args.labeler = [name for name in LABELERS if name in wanted]  # swap first: it gives τ
     if args.along != "target" and args.horizon:
         raise ValueError(f"got --along {args.along} with --horizon {args.horizon}, expected "
                          "--horizon 0: the draft's answer has no other continuation to compare")
     if needing := NEED_CHECK.intersection(args.labeler) if args.check is None else ():
         raise ValueError(f"got --labeler {','.join(sorted(needing))} without --check, expected "
                          f"one of {', '.join(CHECKS)}: it compares results")
-    for name, low, high in (("limit", 1, 1e12), ("max_prompt_tokens", 1, 1e9), ("seed", 0, 2**31), ("rollouts", 2, 1024),
-                            ("rollout_temperature", 1e-3, 100), ("corruptions", 1, 1000),
-                            ("horizon", 0, 1000), ("tau_quantile", 0, 1)):
+    for name, low, high in (
+            ("limit", 1, 1e12), ("max_prompt_tokens", 1, 1e9), ("seed", 0, 2**31),
+            ("rollouts", 2, 1024), ("rollout_temperature", 1e-3, 100), ("corruptions", 1, 1000),
+            ("horizon", 0, 1000), ("tau_quantile", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"got --{name} {value}, expected a number from {low:g} to {high:g}")

@@ -15,6 +15,9 @@ bisect: of the draft's wrong answers, the first token after which the share of s
 corrupt: the draft's right answers with one number, operator or name replaced by what the draft
     finds likeliest of the same kind. No target tokens; an augmentation.
 
+likelihood's threshold lets a tenth of what swap found wrong pass (label.py --tau_quantile 0.9;
+notes on the paper say the 0.1 quantile, which would let nine tenths pass).
+
 Shapes: B rollouts, S tokens read, N horizon, V vocabulary. Stop tokens get no label: the judge has
 no say there. Counts: `decoded` target tokens written, `read` target tokens read in passes of many.
 """
@@ -70,8 +73,8 @@ def rollout_step(model: Transformer, tokens: Tensor, input_pos: Tensor, temperat
 
 def log_prob_step(model: Transformer, tokens: Tensor, input_pos: Tensor, chosen: Tensor, *,
                   rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [1, S] at input_pos [S], chosen [S, C] -> log P(chosen next) [S, C], of the argmax [S],
-    and the argmax [S]."""
+    """tokens [1, S] at input_pos [S], chosen [S, C] -> log P(chosen next) [S, C], that of the
+    argmax [S], and the argmax [S]."""
     hidden = model(tokens, input_pos, rows)[0]
     found = model.shard.gather(model.logits(hidden).float()).log_softmax(-1)  # [S, V]
     return found.gather(1, chosen), found.amax(-1), found.argmax(-1)
@@ -122,7 +125,7 @@ class Pair:
 
     @torch.no_grad()
     def own_logits(self, ids: list[int], start: int) -> Tensor:
-        """The draft's logits [S, V] of the positions start..len(ids)-1, each after what precedes it.
+        """The draft's logits [S, V] of the positions start..len(ids)-1, after what precedes each.
 
         In one pass without a cache, uncompiled: a length comes once. Columns are this rank's.
         """
@@ -142,7 +145,7 @@ class Pair:
 
     @torch.no_grad()
     def log_probs(self, ids: list[int], begin: int, chosen: list[list[int]]) -> tuple:
-        """Read ids from position `begin` on: log P(chosen), lists of [C]; of the argmax; the argmax.
+        """Read ids from `begin` on: log P(chosen), lists of [C]; that of the argmax; the argmax.
 
         Entry i is of the token after ids[begin + i]. What was before `begin` must be in the cache.
         """
