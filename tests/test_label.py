@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -958,6 +959,35 @@ def test_prompts_that_fill_the_context_are_left_out(tiny):
     line = label.label_prompt(pair, Prompt("word " * 40), args, {"likelihood": Likelihood()}, 0)
     assert not line["examples"] and "leaves no room" in line["notes"][0]
     assert ModelConfig.from_checkpoint(tiny.path).max_position_embeddings > 16
+
+
+def test_passes_of_every_length_run_uncompiled(tiny, monkeypatch):
+    """Compiled parts compile anew for each length, and give up at the 65th."""
+    pair = tiny.pair(horizon=5)
+    for each in tiny.models:
+        monkeypatch.setattr(each, "run_block", lambda *_: pytest.fail("a compiled block ran"))
+    ids = pair.tokenizer.encode_prompt("How many apples?")
+    assert len(pair.favourites([*ids, 5, 6, 7], len(ids))) == 3
+    assert len(pair.log_probs([*ids, 5], 0, [[0]] * (len(ids) + 1))[0]) == len(ids) + 1
+    with pytest.raises(pytest.fail.Exception, match="a compiled block ran"):
+        pair.log_probs([*ids, 5, 5, 5, 5, 5, 5], len(ids), [[0]] * 6)  # the one shape that recurs
+
+
+def test_the_draft_stops_where_the_target_would(tiny, monkeypatch):
+    """A base model's own end of text is not the chat's."""
+    monkeypatch.setattr(tiny.models[1], "config", dataclasses.replace(
+        tiny.models[1].config, eos_token_ids=(3,)))
+    pair = tiny.pair()
+    assert pair.draft_alone.stop_tokens == pair.engine.stop_tokens != (3,)
+
+
+def test_logits_that_are_not_finite_are_no_scores(tiny, monkeypatch):
+    pair = tiny.pair(horizon=0)
+    monkeypatch.setattr(pair.target.norm, "weight", torch.nn.Parameter(
+        torch.full_like(pair.target.norm.weight, math.inf), requires_grad=False))
+    task = Task(pair, Prompt("How many apples?"), None, seed=0)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        list(Likelihood("draft")(task))
 
 
 # ---- killed, and spread over ranks
