@@ -441,7 +441,7 @@ def heads(record: Record) -> list[str]:
 
 def promises(record: Record) -> list[str]:
     """How often a calibrated promise is broken."""
-    rows = [(percent(each["max_regressions"], 0), each["sample"], each["promised"], each["broken"],
+    rows = [(percent(each["max_regressions"]), each["sample"], each["promised"], each["broken"],
              ", ".join(f"{t:g}" for t in each["thresholds"] or ())) for each in record("results")]
     lines = table(("at most", "prompts drawn", "promises", "broken",
                    "thresholds: lowest, quartiles, highest"),
