@@ -118,7 +118,7 @@ def test_train_a_judge_runs_on_the_bundled_pair(tmp_path):
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     script = "".join(block for block in blocks if "Llama" not in block and "torchrun" not in block)
     for written, small in (("build/judge-demo", str(tmp_path)), ("--problems 400", "--problems 14"),
-                           ("--problems 100", "--problems 4"), ("--limit 100", "--limit 3"),
+                           ("--problems 100", "--problems 4"), ("--limit 100", "--limit 5"),
                            ("--max_regressions 0.03", "--max_regressions 0.3")):
         assert written in script
         script = script.replace(written, small)
