@@ -42,10 +42,11 @@ from model import Transformer  # noqa: E402
 from scripts import calibrate, demo_pair  # noqa: E402
 from scripts.answers import CHECKS, Prompt  # noqa: E402
 from scripts.bench_tools import machine  # noqa: E402
-from scripts.demo_pair import NUMBERS, Problem, Way  # noqa: E402
+from scripts.demo_pair import NUMBERS, Problem, Way, write_report  # noqa: E402
 from scripts.jobs import PairSetup  # noqa: E402
 from scripts.label import ANSWERS  # noqa: E402
 from scripts.labelers import Pair, Task  # noqa: E402
+from scripts.report import percent  # noqa: E402
 from terminal import DEMO  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -60,12 +61,6 @@ class Judged(NamedTuple):
     right: bool  # by the labeler
     score: float | None
     wrong: bool  # by the grammar
-
-
-def write_json(path: str | None, report: dict) -> None:
-    if path:
-        with atomic_write(path) as aside:
-            aside.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def named_files(pairs: list[str]) -> dict[str, Path]:
@@ -177,11 +172,7 @@ def run_labels(args: argparse.Namespace) -> None:
             row["cost"] = cost
         report["labelers"][name] = row
     print_labels(report["labelers"])
-    write_json(args.json, report)
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    write_report(args.json, report)
 
 
 def print_labels(rows: dict[str, dict]) -> None:
@@ -189,7 +180,7 @@ def print_labels(rows: dict[str, dict]) -> None:
     print(f"\n{'':<14}{'rejected':>10}{'wrong by the grammar':>30}{'changes the answer':>30}\n"
           f"{'labels':<14}{'tokens':>10}" + f"{'share':>10}{'precision':>10}{'recall':>10}" * 2)
     for name, row in rows.items():
-        cells = [percent(value) for part in (row["grammar"], row["answer"]) for value in (
+        cells = [percent(value, 1) for part in (row["grammar"], row["answer"]) for value in (
             part["is_wrong"] / max(part["tokens"], 1), part["precision"], part["recall"])]
         print(f"{name:<14}{row['grammar']['tokens']:>10,}" + "".join(f"{c:>10}" for c in cells))
 
@@ -241,7 +232,7 @@ def run_heads(args: argparse.Namespace) -> None:
         report["rows"][name] = row
     report["reference"] = first
     print_heads(report)
-    write_json(args.json, report)
+    write_report(args.json, report)
 
 
 def print_heads(report: dict) -> None:
@@ -253,7 +244,7 @@ def print_heads(report: dict) -> None:
         d = row[f"less_{first}"]
         interval = f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
         auc = f"{row['roc_auc']:.3f}" if row.get("roc_auc") is not None else ""
-        gain = percent(row["gain"]) if "gain" in row else ""
+        gain = percent(row["gain"], 1) if "gain" in row else ""
         print(f"{name:<18}{auc:>7}{row.get('threshold', ''):>7}{row['accuracy']:>10.2%}"
               f"{interval:>24}{row['tokens_per_round']:>14.2f}{gain:>7}"
               f"{row['mean_new_tokens']:>8.1f}")
@@ -296,9 +287,9 @@ def run_calibration(args: argparse.Namespace) -> None:
         spread = ", ".join(f"{t:g}" for t in result["thresholds"] or ())
         print(f"{result['max_regressions']:>7g}{result['sample']:>15}{result['promised']:>10}"
               f"{result['broken']:>8}   {spread}")
-    write_json(args.json, {"machine": machine(torch.device("cpu")),
-                           "record": Path(args.record).name,
-                           "record_command": record.get("command"), "results": results})
+    write_report(args.json, {"machine": machine(torch.device("cpu")),
+                             "record": Path(args.record).name,
+                             "record_command": record.get("command"), "results": results})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

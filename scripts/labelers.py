@@ -25,11 +25,11 @@ no say there. Counts: `decoded` target tokens written, `read` target tokens read
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
-from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -215,7 +215,7 @@ class Pair:
 
 def _common(a: list[int], b: list[int]) -> int:
     """Length of the beginning that two lists share."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+    return len(os.path.commonprefix((a, b)))
 
 
 class Task:
